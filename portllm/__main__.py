@@ -1,0 +1,5 @@
+"""`python -m portllm` is the command `portllm`."""
+
+from portllm.cli import main
+
+main()

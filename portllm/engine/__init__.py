@@ -1,0 +1,1 @@
+"""How it runs: Ray lives here, and only here."""

@@ -1,0 +1,1 @@
+"""What is known: artifacts, records, failures, result rows. No torch, no Ray."""

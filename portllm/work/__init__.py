@@ -1,0 +1,1 @@
+"""What is done: the stage functions. torch lives here; this file imports nothing."""

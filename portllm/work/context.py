@@ -1,0 +1,46 @@
+"""What a stage function gets besides its recipe, inputs and output directory.
+
+Every stage has one shape: `stage(recipe, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary`. It reads
+the paths in `inputs`, writes below `out`, logs through `run`, and returns a JSON-able summary for its record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.study.resources import Layout
+
+if TYPE_CHECKING:
+    from portllm.work.versions import Resident, Versions
+
+Summary = dict[str, Any]
+"""JSON-able facts of one execution: counts, losses, ledger entries."""
+
+
+@dataclass
+class RunContext:
+    """One execution's surroundings, handed to a stage by the engine, the command `step`, or a test."""
+
+    scratch: Path
+    """Directory of this node for caches: materialised versions live below it."""
+    versions: Versions
+    """This process's resident model: a cache of one."""
+    layout: Layout = field(default_factory=Layout)
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    log: Callable[[str], None] = print
+    """One line of text for the step's log."""
+    point: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    """A point of the training curve at an optimizer step (`loss`, `learning_rate`, `grad_norm`, `tokens_per_s`)."""
+    stop: Callable[[], bool] = lambda: False
+    """True once the step should end early (preemption)."""
+    clock: Callable[[], float] = time.monotonic
+
+    def open(self, inputs: Mapping[str, Path], dtype: str) -> Resident:
+        """The version named by roles root, delta1, … in `inputs`, resident in this process in `dtype`."""
+        return self.versions.open(inputs, dtype, self.device, self.scratch)
