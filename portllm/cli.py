@@ -1,0 +1,282 @@
+"""The command line: each command imports what it needs, and nothing else.
+
+Exit codes: 0 done; 1 something failed while running; 2 the request is wrong and nothing was spent; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from portllm import __version__
+from portllm.errors import EngineError, PortllmError, ResolveError, SpecError
+
+if TYPE_CHECKING:
+    from portllm.store.store import Store
+    from portllm.study.facts import Facts
+    from portllm.study.plan import Plan, Step
+    from portllm.study.spec import Study
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Port LoRA patches across updates of their base model, or learn when to refit them.")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", metavar="FIELD=VALUE",
+                                                     help="Override a field: -o finetune.rank=16 (repeatable).")]
+StoreOption = Annotated[Path | None, typer.Option("--store", metavar="DIR", envvar="PORTLLM_STORE",
+                                                  help="Where results are kept. Default: ./portllm-store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit code."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except (SpecError, ResolveError) as error:
+        _end(error, 2)
+    except PortllmError as error:
+        _end(error, 1)
+    except typer.Abort:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped; what was published is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _end(error.format_message(), 2)
+        raise
+
+
+def _end(error: object, code: int) -> None:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"portllm {__version__}")
+        raise typer.Exit
+
+
+# --- the study
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a study file, for editors."""
+    from portllm.study.spec import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def plan(study: StudyFile, override: Overrides = None, store: StoreOption = None, json: Json = False) -> None:
+    """Show what a study would run, what exists already, and what the rest will cost."""
+    from portllm.report.plan_text import plan_json, plan_text
+
+    asked, facts, planned = _planned(study, override)
+    kept = _store(asked, study, store)
+    published = kept.published(step.stage for step in planned.steps.values())
+    if json:
+        _print_json(plan_json(planned, facts, published))
+    else:
+        print(plan_text(planned, facts, published, str(kept.root)))
+
+
+@app.command()
+def lock(study: StudyFile, override: Overrides = None) -> None:
+    """Pin the study's hub ids to commits: writes STUDY.lock.json beside it. Needs the hub."""
+    from portllm.resolve.lock import write_lock
+    from portllm.resolve.resolver import open_study
+
+    _, facts = open_study(study, override or [])
+    if not facts.unpinned:
+        print("every hub id is pinned")
+        return
+    print(f"wrote {write_lock(study, list(facts.unpinned))}")
+
+
+@app.command()
+def status(study: StudyFile, override: Overrides = None, store: StoreOption = None, json: Json = False) -> None:
+    """Show which steps of a study exist, which failed and which are missing."""
+    from portllm.report.plan_text import status_json, status_text
+
+    asked, _, planned = _planned(study, override)
+    kept = _store(asked, study, store)
+    published = kept.published(step.stage for step in planned.steps.values())
+    failed = {k: f[-1] for k in planned.steps if k not in published and (f := kept.failures(k))}
+    if json:
+        _print_json(status_json(planned, published, failed))
+    else:
+        print(status_text(planned, published, failed))
+
+
+@app.command()
+def run(
+    study: StudyFile, override: Overrides = None, store: StoreOption = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else a local Ray.",
+                                                metavar="ADDRESS")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, json: Json = False,
+) -> None:
+    """Run a study: what is published is skipped, what fails does not stop the rest, the same command continues."""
+    from portllm.report.plan_text import plan_text
+
+    asked, facts, planned = _planned(study, override)
+    _require_pinned(planned, study)
+    kept = _store(asked, study, store).create()
+    kept.recover()
+    published = kept.published(step.stage for step in planned.steps.values())
+    missing = [step for key, step in planned.steps.items() if key not in published]
+    if not json and missing and not yes and sys.stdin.isatty():
+        print(plan_text(planned, facts, published, str(kept.root)))
+        typer.confirm("Run it?", abort=True, default=True)
+    report = _run(asked, planned, kept, missing, address, quiet=json)
+    if json:
+        _print_json(report | {"study": planned.name, "published_before": len(published & planned.steps.keys())})
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+def _run(asked: Study, planned: Plan, kept: Store, missing: list[Step], address: str | None, quiet: bool) -> Any:
+    """Execute the missing steps; a finished study starts neither Ray nor MLflow."""
+    from portllm.engine.start import nothing_to_do, run_plan
+
+    if not missing:
+        if not quiet:
+            print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
+        return nothing_to_do()
+    return run_plan(asked, planned, kept, address, quiet)
+
+
+@app.command()
+def step(
+    study: StudyFile, which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    override: Overrides = None, store: StoreOption = None,
+) -> None:
+    """Run one step in this process, without Ray: under a debugger, for example."""
+    from portllm.engine.local import run_step
+
+    asked, _, planned = _planned(study, override)
+    _require_pinned(planned, study)
+    kept = _store(asked, study, store).create()
+    outcome = run_step(_one_step(planned, which), planned, kept)
+    if outcome.failure:
+        raise EngineError(f"{outcome.failure.type}: {outcome.failure.message}; log: {outcome.failure.log}")
+    _print_json(outcome.summary)
+
+
+@app.command()
+def explain(
+    study: StudyFile, which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    override: Overrides = None, store: StoreOption = None,
+) -> None:
+    """Show what a step's key is made of, and how it differs from published steps of the same label."""
+    from portllm.report.plan_text import differences
+
+    asked, _, planned = _planned(study, override)
+    chosen, kept = _one_step(planned, which), _store(asked, study, store)
+    _print_json({"key": chosen.key, "label": chosen.label, "payload": chosen.payload(),
+                 "published": kept.has(chosen.stage, chosen.key), "differs": differences(chosen, kept)})
+
+
+# --- what came out
+
+
+@app.command()
+def results(
+    study: StudyFile, override: Overrides = None, store: StoreOption = None,
+    format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", help="File; parquet needs one.", metavar="FILE")] = None,
+) -> None:
+    """Print the result table: one row per cell and metric."""
+    from portllm.report.results_text import print_results
+
+    asked, _, planned = _planned(study, override)
+    print_results(asked, planned, _store(asked, study, store), format, output)
+
+
+@app.command()
+def report(
+    study: StudyFile, override: Overrides = None, store: StoreOption = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: in the store.")] = None,
+) -> None:
+    """Write the report: one self-contained HTML page."""
+    from portllm.report.build import write_report
+
+    asked, _, planned = _planned(study, override)
+    print(write_report(asked, planned, _store(asked, study, store), output))
+
+
+@app.command()
+def track(study: StudyFile, override: Overrides = None, store: StoreOption = None) -> None:
+    """Rebuild the study's MLflow runs from the store; what is there already stays."""
+    from portllm.track.rebuild import rebuild_study
+
+    asked, _, planned = _planned(study, override)
+    print(rebuild_study(asked, planned, _store(asked, study, store)))
+
+
+@app.command()
+def verify(study: StudyFile, override: Overrides = None, store: StoreOption = None) -> None:
+    """Check every published file of a study against its sha256."""
+    from portllm.errors import StoreError
+    from portllm.store.store import verify as verify_artifact
+
+    asked, _, planned = _planned(study, override)
+    kept = _store(asked, study, store)
+    published = [s for s in planned.steps.values() if kept.has(s.stage, s.key)]
+    bad = [f"{kept.path(s.stage, s.key) / name}: differs from its record ({s.label})" for s in published
+           for name in verify_artifact(kept.path(s.stage, s.key), kept.record(s.stage, s.key))]
+    if bad:
+        raise StoreError("\n".join(bad))
+    print(f"{len(published)} published steps are intact")
+
+
+# --- helpers
+
+
+def _planned(file: Path, overrides: list[str] | None) -> tuple[Study, Facts, Plan]:
+    from portllm.resolve.resolver import open_study
+    from portllm.study.plan import make_plan
+
+    study, facts = open_study(file, overrides or [])
+    return study, facts, make_plan(study, facts)
+
+
+def _store(study: Study, file: Path, option: Path | None) -> Store:
+    """`--store` or PORTLLM_STORE, else the study's, else ./portllm-store."""
+    from portllm.store.store import Store
+
+    return Store(option or (file.parent / study.store if study.store else Path("portllm-store")))
+
+
+def _require_pinned(planned: Plan, file: Path) -> None:
+    if planned.unpinned:
+        raise SpecError(f"{file}: not pinned to a commit: {', '.join(planned.unpinned)}; run `portllm lock {file}`")
+
+
+def _one_step(planned: Plan, which: str) -> Step:
+    found = [s for s in planned.steps.values() if s.label == which or (len(which) >= 6 and s.key.startswith(which))]
+    if len(found) != 1:
+        labels = "\n".join(f"  {s.key[:12]}  {s.label}" for s in (found or planned.steps.values()))
+        raise SpecError(f"{which}: {'more than one step' if found else 'no step'} of that name; the plan has\n{labels}")
+    return found[0]
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, default=str))

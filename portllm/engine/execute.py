@@ -1,0 +1,122 @@
+"""One step executed in this process: attempt → stage → publish. The same for a warm worker, a gang's rank and `step`."""
+
+import contextlib
+import importlib
+import os
+import resource
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from portllm import __version__
+from portllm.engine.failures import Failure
+from portllm.store.store import Store
+from portllm.study.plan import Plan, Step
+from portllm.work.context import RunContext, Summary
+
+STAGES = {
+    "base": "portllm.work.base",
+    "corpus": "portllm.work.corpora",
+    "requests": "portllm.work.requests",
+    "update": "portllm.work.update",
+    "finetune": "portllm.work.finetune",
+    "evaluate": "portllm.work.evaluate",
+    "export": "portllm.work.export",
+}
+"""Module of each stage's function, which bears the stage's name; imported where it runs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step with everything a process needs to execute it."""
+
+    step: Step
+    inputs: Mapping[str, Path]
+    store: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one execution came to."""
+
+    key: str
+    ok: bool
+    wall_s: float
+    summary: Summary = field(default_factory=dict)
+    failure: Failure | None = None
+    loads: int = 0
+    """Times this execution loaded a model's weights."""
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+
+def job_for(step: Step, plan: Plan, store: Store) -> Job:
+    """Where a step's inputs lie: given things in their place, the rest in the store."""
+    return Job(step, {role: _place(key, plan, store) for role, key in step.inputs.items()}, store.root)
+
+
+def _place(key: str, plan: Plan, store: Store) -> Path:
+    given = plan.givens.get(key)
+    return Path(given.path) if given else store.path(plan.steps[key].stage, key)
+
+
+def stage_function(stage: str) -> Any:
+    """The function of a stage."""
+    return getattr(importlib.import_module(STAGES[stage]), stage)
+
+
+def execute(job: Job, context: RunContext) -> Outcome:
+    """Run a step and publish it; every error becomes an outcome."""
+    store, step = Store(job.store), job.step
+    started, clock, loads = time.time(), time.monotonic(), context.versions.loads
+    attempt = store.begin(step.key)
+    log = store.paths.log(step.key, attempt.name.rsplit(".", 1)[-1])
+    try:
+        with logging_to(log, context):
+            summary = stage_function(step.stage)(step.recipe, job.inputs, attempt, context)
+        wall = time.monotonic() - clock
+        record = make_record(step, summary, wall, started)
+        store.publish(attempt, step.stage, step.key, record)
+    except Exception as error:
+        store.discard(attempt)
+        return outcome_of(error, step.key, time.monotonic() - clock, log, started)
+    loads = context.versions.loads - loads
+    return Outcome(step.key, True, wall, summary, loads=loads, host=socket.gethostname(), pid=os.getpid(),
+                   started=started)
+
+
+def make_record(step: Step, summary: Summary, wall: float, started: float) -> dict[str, Any]:
+    """What is kept beside a published output."""
+    return {
+        "stage": step.stage, "label": step.label, "payload": step.payload(), "summary": summary, "wall_s": wall,
+        "devices": max(1, step.layout.gpus) * step.layout.workers, "started": started, "host": socket.gethostname(),
+        "pid": os.getpid(), "portllm": __version__, "resources": vars(step.layout),
+        "peak_process_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def outcome_of(error: BaseException, key: str, wall: float, log: Path, started: float) -> Outcome:
+    """An error as an outcome; its traceback also ends the step's log."""
+    tail = "".join(traceback.format_exception(error))[-4000:]
+    with contextlib.suppress(OSError), log.open("a") as file:
+        file.write(tail)
+    failure = Failure(type(error).__name__, str(error), tail, str(log))
+    return Outcome(key, False, wall, failure=failure, host=socket.gethostname(), pid=os.getpid(), started=started)
+
+
+@contextlib.contextmanager
+def logging_to(path: Path, context: RunContext) -> Iterator[None]:
+    """The context's log goes to the step's own file, line by line."""
+    before = context.log
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file:
+        context.log = lambda line: print(time.strftime("%H:%M:%S"), line, file=file)
+        try:
+            yield
+        finally:
+            context.log = before

@@ -1,0 +1,54 @@
+"""The one retry authority. Pure: an error and its history in, a decision out. Ray's own retries are off."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Decision(Enum):
+    """What to do with a step whose attempt failed."""
+
+    RETRY = "retry the same"
+    SMALLER = "retry with half the micro-batch"
+    GIVE_UP = "give up"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt."""
+
+    type: str
+    """Class of the error, or `WorkerDied`."""
+    message: str
+    traceback: str = ""
+    """Its tail."""
+    log: str = ""
+    """Path of the step's log."""
+
+
+ATTEMPTS = 3
+"""Executions of one step before it is given up, whatever the reasons."""
+DIED = "WorkerDied"
+_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def decide(history: Sequence[Failure]) -> Decision:
+    """The decision after the last failure of `history`.
+
+    A dead worker says nothing about the step: the same again. Out of memory: smaller. Whatever a stage raised itself
+    (a non-finite loss, a full disk, a bad input) would be raised again: give up.
+    """
+    if len(history) >= ATTEMPTS:
+        return Decision.GIVE_UP
+    last = history[-1]
+    if last.type == DIED:
+        return Decision.RETRY
+    if out_of_memory(last):
+        return Decision.SMALLER
+    return Decision.GIVE_UP
+
+
+def out_of_memory(failure: Failure) -> bool:
+    """Whether an attempt failed for want of memory."""
+    text = f"{failure.type} {failure.message}".lower()
+    return failure.type == "MemoryError" or any(word in text for word in _MEMORY)

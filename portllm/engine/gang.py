@@ -1,0 +1,85 @@
+"""A training over several workers: Ray Train's TorchTrainer around the very same stage function."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from portllm.engine.execute import Job, Outcome, make_record, outcome_of, stage_function
+from portllm.store.store import Store
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def run_gang(job: Job, scratch: str) -> Outcome:
+    """Run a step's ranks under TorchTrainer and publish what they wrote; never raises."""
+    store, step = Store(job.store), job.step
+    started, clock = time.time(), time.monotonic()
+    attempt = store.begin(step.key)
+    log = store.paths.log(step.key, attempt.name.rsplit(".", 1)[-1])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        summary = _fit(job, attempt, log, scratch, store)
+        wall = time.monotonic() - clock
+        store.publish(attempt, step.stage, step.key, make_record(step, summary, wall, started))
+    except Exception as error:
+        store.discard(attempt)
+        return outcome_of(_cause(error), step.key, time.monotonic() - clock, log, started)
+    return Outcome(step.key, True, wall, summary, started=started, loads=int(summary.pop("loads", 0)))
+
+
+def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    layout = job.step.layout
+    gpus = layout.gpus > 0
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"job": job, "attempt": str(attempt), "log": str(log), "scratch": scratch},
+        scaling_config=ScalingConfig(
+            num_workers=layout.workers, use_gpu=gpus,
+            resources_per_worker={"CPU": layout.threads} | ({"GPU": layout.gpus} if gpus else {}),
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus and _cuda() else "gloo"),
+        run_config=RunConfig(
+            name=job.step.key[:16], storage_path=str(store.root / "work" / "train"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    metrics = trainer.fit().metrics
+    return dict(json.loads(metrics["summary"]))
+
+
+def _rank(config: dict[str, Any]) -> None:
+    """One rank: the stage function in its own process, its log beside the others'."""
+    from ray import train
+
+    from portllm.engine.workers import new_context
+
+    job: Job = config["job"]
+    where = train.get_context()
+    context = new_context(Path(config["scratch"]), job.step.layout.threads, where.get_world_rank(),
+                          where.get_world_size())
+    context.layout = job.step.layout
+    with open(config["log"], "a", buffering=1) as file:
+        context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)
+        summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, Path(config["attempt"]), context)
+    train.report({"summary": json.dumps(summary | {"loads": context.versions.loads})})
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first rank's own error inside Ray Train's."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        return getattr(failure, "cause", None) or failure
+    return error.__cause__ if error.__cause__ is not None and not failures else error

@@ -1,0 +1,22 @@
+"""One step in this process, without Ray."""
+
+from __future__ import annotations
+
+from portllm.engine.execute import Outcome, execute, job_for
+from portllm.engine.workers import new_context
+from portllm.errors import EngineError
+from portllm.store.store import Store
+from portllm.study.plan import Plan, Step
+
+
+def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
+    """Execute a step whose inputs are published."""
+    for role, key in step.inputs.items():
+        if key in plan.steps and not store.has(plan.steps[key].stage, key):
+            raise EngineError(f"{step.label} needs `{plan.steps[key].label}` ({role}), which is not published yet")
+    if step.layout.workers > 1:
+        raise EngineError(f"{step.label} runs on {step.layout.workers} workers: use `portllm run`, or "
+                          f"-o resources.{step.stage}.workers=1")
+    context = new_context(store.paths.scratch, step.layout.threads)
+    context.layout = step.layout
+    return execute(job_for(step, plan, store), context)

@@ -1,0 +1,265 @@
+"""Runs a plan on Ray: skip what is published, start what is ready, publish, mirror, go on past failures.
+
+The driver is one loop: `_dispatch` hands steps to idle workers (starting and retiring workers within the budget),
+`_collect` waits for one of them to end. It holds no results; everything it knows can be read from the store again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from portllm.engine.execute import Outcome, job_for
+from portllm.engine.failures import DIED, Decision, Failure, decide
+from portllm.engine.gang import run_gang
+from portllm.engine.pool import Budget, Size
+from portllm.engine.progress import Progress
+from portllm.engine.schedule import Schedule, VersionId, size_of
+from portllm.engine.workers import start_worker
+from portllm.errors import EngineError
+from portllm.store.store import Store
+from portllm.study.plan import Plan, Step
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    executed: list[str] = field(default_factory=list)
+    """Labels of the steps executed and published."""
+    failed: dict[str, Failure] = field(default_factory=dict)
+    """By label."""
+    blocked: list[str] = field(default_factory=list)
+    evaluation_loads: int = 0
+    """Times an evaluation loaded a model's weights."""
+    training_loads: int = 0
+    process_starts: int = 0
+    """Worker processes and ranks started."""
+    evaluators: int = 0
+    """Workers that scored at least one cell."""
+    versions: int = 0
+    """Versions scored."""
+    wall_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Slot:
+    """A live worker as the driver sees it."""
+
+    actor: Any
+    node: str
+    size: Size
+    number: int
+    resident: VersionId | None = None
+    step: Step | None = None
+    """What it executes now."""
+
+
+@dataclass(eq=False)
+class Gang:
+    """A running training over several ranks."""
+
+    step: Step
+    nodes: list[str]
+
+
+@dataclass
+class Runner:
+    """One run of one plan."""
+
+    plan: Plan
+    store: Store
+    budget: Budget
+    progress: Progress
+    published: Callable[[Step], None] = lambda step: None
+    """Called after each publication; must not block."""
+    schedule: Schedule = field(init=False)
+    slots: list[Slot] = field(default_factory=list)
+    running: dict[Any, Slot | Gang] = field(default_factory=dict)
+    """Ray reference of an execution to who does it."""
+    history: dict[str, list[Failure]] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+    scored: set[tuple[int, VersionId]] = field(default_factory=set)
+    before: int = 0
+
+    def __post_init__(self) -> None:
+        stages = [step.stage for step in self.plan.steps.values()]
+        self.schedule = Schedule(self.plan, self.store.published(stages))
+        self.before = len(self.schedule.published)
+        for step in self.plan.steps.values():
+            if step.key not in self.schedule.published:
+                self._refuse_too_large(step)
+
+    def _refuse_too_large(self, step: Step) -> None:
+        if not self.budget.can_ever([size_of(step)] * step.layout.workers):
+            held = ", ".join(f"{n.cpus} CPUs and {n.gpus} GPUs" for n in self.budget.nodes.values())
+            raise EngineError(
+                f"{step.label} asks for {step.layout.workers} x ({step.layout.threads} CPUs, {step.layout.gpus} GPUs), "
+                f"the cluster has nodes of {held}: lower resources.{step.stage} or join a larger cluster"
+            )
+
+    def run(self) -> Report:
+        """Run until nothing can go on."""
+        while not self.schedule.finished:
+            self._dispatch()
+            self.progress.show(self.schedule, self.before)
+            self._collect()
+        self.report.blocked = [self.plan.steps[k].label for k in sorted(self.schedule.blocked)]
+        self.report.evaluators = len({number for number, _ in self.scored})
+        self.report.versions = len({version for _, version in self.scored})
+        return self.report
+
+    # --- dispatch
+
+    def _dispatch(self) -> None:
+        gangs = self.schedule.gangs()
+        if gangs:
+            self._start_gang(gangs[0])
+            return  # nothing starts in its place: idle workers are retired until it fits
+        for slot in self.slots:
+            if slot.step is None:
+                self._feed(slot)
+        while (size := self._wanted_size()) and (node := self._make_room(size)):
+            self._feed(self._start(node, size))
+
+    def _feed(self, slot: Slot) -> None:
+        served = {s.step.version for s in self.slots if s.step and s.step.stage == "evaluate" and s.step.version}
+        step = self.schedule.pick(slot.size, slot.resident, served)
+        if step is None:
+            return
+        self.schedule.start(step)
+        slot.step = step
+        slot.resident = step.version or slot.resident
+        self.running[slot.actor.run.remote(job_for(step, self.plan, self.store))] = slot
+
+    def _wanted_size(self) -> Size | None:
+        """Size of a worker that more ready steps ask for than idle workers of that size could take."""
+        idle = [s.size for s in self.slots if s.step is None]
+        wanted = self.schedule.sizes_wanted()
+        return next((size for size, count in wanted.items() if count > idle.count(size)), None)
+
+    def _make_room(self, size: Size) -> str | None:
+        """A node with room for a worker, retiring idle workers of other sizes if that makes the difference."""
+        if nodes := self.budget.place([size]):
+            return nodes[0]
+        idle = [s for s in self.slots if s.step is None and s.size != size]
+        if not self.budget.place([size], _by_node(idle)):
+            return None
+        while not (nodes := self.budget.place([size])):
+            self._retire(idle.pop())
+        return nodes[0]
+
+    def _start(self, node: str, size: Size) -> Slot:
+        self.budget.hold(node, size)
+        self.report.process_starts += 1
+        slot = Slot(start_worker(node, size, self.scratch), node, size, self.report.process_starts)
+        self.slots.append(slot)
+        return slot
+
+    def _retire(self, slot: Slot) -> None:
+        self.slots.remove(slot)
+        ray.kill(slot.actor, no_restart=True)
+        self.budget.release(slot.node, slot.size)
+
+    def _start_gang(self, step: Step) -> None:
+        ranks = [size_of(step)] * step.layout.workers
+        idle = [s for s in self.slots if s.step is None]
+        while not (nodes := self.budget.place(ranks)):
+            if not idle:
+                return  # busy workers end first
+            self._retire(idle.pop())
+        for node, rank in zip(nodes, ranks, strict=True):
+            self.budget.hold(node, rank)
+        self.schedule.start(step)
+        self.report.process_starts += step.layout.workers
+        reference = run_gang.remote(job_for(step, self.plan, self.store), str(self.scratch))
+        self.running[reference] = Gang(step, nodes)
+
+    @property
+    def scratch(self) -> Path:
+        """Node-local cache of versions."""
+        return Path(os.environ.get("PORTLLM_SCRATCH") or self.store.paths.scratch)
+
+    # --- collect
+
+    def _collect(self) -> None:
+        if not self.running:
+            return
+        ended, _ = ray.wait(list(self.running), num_returns=1, timeout=0.5)
+        for reference in ended:
+            holder = self.running.pop(reference)
+            step = holder.step
+            assert step is not None
+            outcome = self._outcome(reference, holder, step)
+            self._release(holder, outcome)
+            self._account(step, holder, outcome)
+
+    def _outcome(self, reference: Any, holder: Slot | Gang, step: Step) -> Outcome:
+        try:
+            return ray.get(reference)  # type: ignore[no-any-return]
+        except ray.exceptions.RayError as error:
+            log = self.store.root / "logs"
+            failure = Failure(DIED, f"the process that executed it died: {str(error).splitlines()[0]}", str(error)[-2000:],
+                              str(log))
+            return Outcome(step.key, False, 0.0, failure=failure)
+
+    def _release(self, holder: Slot | Gang, outcome: Outcome) -> None:
+        if isinstance(holder, Gang):
+            for node in holder.nodes:
+                self.budget.release(node, size_of(holder.step))
+            return
+        holder.step = None
+        if outcome.failure and outcome.failure.type == DIED:
+            self._retire(holder)
+
+    def _account(self, step: Step, holder: Slot | Gang, outcome: Outcome) -> None:
+        if step.stage == "evaluate":
+            self.report.evaluation_loads += outcome.loads
+        else:
+            self.report.training_loads += outcome.loads
+        if outcome.ok:
+            if step.stage == "evaluate" and isinstance(holder, Slot) and step.version:
+                self.scored.add((holder.number, step.version))
+            self._publish(step, outcome)
+        else:
+            self._fail(step, outcome)
+
+    def _publish(self, step: Step, outcome: Outcome) -> None:
+        self.schedule.publish(step.key)
+        self.report.executed.append(step.label)
+        self.published(step)
+        self.progress.done(step, outcome.wall_s, self.schedule, self.before)
+
+    def _fail(self, step: Step, outcome: Outcome) -> None:
+        failure = outcome.failure
+        assert failure is not None
+        history = self.history.setdefault(step.key, [])
+        history.append(failure)
+        decision = decide(history)
+        self.store.fail(step.key, {"label": step.label, "decision": decision.value, **vars(failure)})
+        self.progress.line(f"{step.label}: {failure.type}: {failure.message} ({decision.value}); log: {failure.log}")
+        if decision is Decision.GIVE_UP:
+            self.report.failed[step.label] = failure
+            self.schedule.fail(step.key)
+        else:
+            self.schedule.retry(smaller(step) if decision is Decision.SMALLER else step)
+
+
+def smaller(step: Step) -> Step:
+    """The same step, the same key, with half the micro-batch."""
+    optimization = getattr(step.recipe, "optimization", None)
+    whole = optimization.batch // step.layout.workers if optimization else 1
+    half = max(1, (step.layout.micro_batch or whole) // 2)
+    return replace(step, layout=replace(step.layout, micro_batch=half))
+
+
+def _by_node(slots: list[Slot]) -> dict[str, Size]:
+    result: dict[str, Size] = {}
+    for slot in slots:
+        result[slot.node] = result.get(slot.node, Size(0, 0)) + slot.size
+    return result

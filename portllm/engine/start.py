@@ -1,0 +1,97 @@
+"""A run from end to end: requirements of this machine, the cluster, the runner, the mirror."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from portllm.errors import EngineError
+from portllm.store.results import rows, training
+from portllm.store.store import Store
+from portllm.study.plan import Cell, Plan, Step
+from portllm.study.spec import Study
+
+if TYPE_CHECKING:
+    from portllm.track.mlflow_mirror import Mirror
+
+_TRAININGS = ("base", "update", "finetune")
+
+
+def nothing_to_do() -> dict[str, Any]:
+    """The report of a run that found everything published."""
+    return {"executed": [], "steps_executed": 0, "failed": {}, "blocked": [], "evaluation_loads": 0,
+            "training_loads": 0, "process_starts": 0, "evaluators": 0, "versions": 0, "wall_s": 0.0}
+
+
+def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet: bool) -> dict[str, Any]:
+    """Run what is missing; returns the report as JSON values."""
+    _require_compiler(store, plan)
+    from portllm.engine.cluster import connected
+    from portllm.engine.progress import Progress
+    from portllm.engine.runner import Runner
+    from portllm.track.rebuild import open_mirror
+
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _interrupt)
+    mirror = open_mirror(study, plan, store)
+    try:
+        with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
+            runner = Runner(plan, store, budget, progress, _publisher(mirror, plan, store))
+            report = runner.run()
+    finally:
+        _close(mirror, quiet)
+    report.wall_s = round(time.monotonic() - started, 2)
+    _say(plan, report, quiet)
+    return {**vars(report), "steps_executed": len(report.executed),
+            "failed": {label: vars(failure) for label, failure in report.failed.items()}}
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_compiler(store: Store, plan: Plan) -> None:
+    """DeepSpeed compiles its CPU op at the first use; without a compiler every training would fail one by one."""
+    missing = [s for s in plan.steps.values() if s.stage in _TRAININGS and not store.has(s.stage, s.key)]
+    if missing and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise EngineError("no C++ compiler (g++ or clang++), which DeepSpeed needs: install one, for example "
+                          "`apt-get install g++`")
+
+
+def _publisher(mirror: Mirror | None, plan: Plan, store: Store) -> Callable[[Step], None]:
+    """Hands a publication to the mirror's queue."""
+    cells: dict[str, list[Cell]] = defaultdict(list)
+    for cell in plan.cells:
+        cells[cell.key].append(cell)
+
+    def published(step: Step) -> None:
+        if mirror is not None and step.stage in _TRAININGS:
+            mirror.training(training(step, store))
+        elif mirror is not None and step.stage == "evaluate":
+            mirror.cell(rows(cells[step.key], store))
+
+    return published
+
+
+def _close(mirror: Mirror | None, quiet: bool) -> None:
+    if mirror is not None:
+        for warning in mirror.close(timeout=60):
+            if not quiet:
+                print(f"tracking: {warning} (the study is not affected; `portllm track` writes it again)",
+                      file=sys.stderr)
+
+
+def _say(plan: Plan, report: Any, quiet: bool) -> None:
+    if quiet:
+        return
+    text = f"{plan.name}: {len(report.executed)} steps in {report.wall_s:.0f} s"
+    if report.failed:
+        text += f"; {len(report.failed)} failed, {len(report.blocked)} wait for them:\n"
+        text += "\n".join(f"  {label}: {f.type}: {f.message}\n    log: {f.log}" for label, f in report.failed.items())
+        text += "\nthe same command tries again"
+    print(text, file=sys.stderr)

@@ -1,0 +1,57 @@
+"""Warm workers: long-lived Ray actors that imported the stack once and keep one version's weights resident."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from portllm.engine.execute import Job, Outcome, execute
+from portllm.engine.pool import Size
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Worker:
+    """Executes one step at a time."""
+
+    def __init__(self, scratch: str, threads: int) -> None:
+        self.context = new_context(Path(scratch), threads)
+
+    def run(self, job: Job) -> Outcome:
+        """Execute a step; never raises."""
+        self.context.layout = job.step.layout
+        return execute(job, self.context)
+
+
+def new_context(scratch: Path, threads: int, rank: int = 0, world: int = 1) -> Any:
+    """A stage's surroundings in a fresh process."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    quiet_libraries()
+    import torch
+
+    from portllm.work.context import RunContext
+    from portllm.work.versions import Versions
+
+    torch.set_num_threads(threads)
+    device = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.is_available() else "cpu"
+    return RunContext(scratch=scratch, versions=Versions(), rank=rank, world=world, device=device, log=lambda _: None)
+
+
+def quiet_libraries() -> None:
+    """No progress bars or advice of other libraries in a worker's output, and no look at the hub unless asked."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
+
+
+def start_worker(node: str, size: Size, scratch: Path) -> Any:
+    """An actor on a node, holding exactly its size."""
+    options = {
+        "num_cpus": size.cpus, "num_gpus": size.gpus,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    return Worker.options(**options).remote(str(scratch), size.cpus)  # type: ignore[attr-defined]

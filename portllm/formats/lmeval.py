@@ -1,0 +1,276 @@
+"""lm-eval's tasks as this tool sees them: lm-eval stays the authority on prompts, targets, metrics and filters.
+
+    locate, expand, definition_digest     where a task is defined, and its identity         (`lmeval_index`)
+    build                                 the task object, over local parquet files or a hub data set
+    check                                 what a plan must know, and every refusal that can be known before spending
+    instances                             evaluation requests as `lm_eval.simple_evaluate` builds them
+    training_pairs                        (context, continuation) of the gold choice, zero-shot
+    folded_prompts                        rendered prompts, white space folded, to screen for leaks
+
+lm_eval and datasets are imported inside the functions, and torch nowhere. Local parquet is read into memory, past the
+cache of `datasets`: changed rows are always seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from portllm.errors import ResolveError
+from portllm.formats.lmeval_build import Task, TaskSource, build, file_of, quiet
+from portllm.formats.lmeval_index import cache_dir, definition_digest, expand, locate, merged_config
+
+__all__ = [
+    "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "definition_digest", "doc_hash", "documents",
+    "expand", "fold", "folded_prompts", "instances", "locate", "merged_config", "primary", "prompt_hash", "prompts",
+    "training_documents", "training_pairs",
+]  # fmt: skip
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a plan knows of a task. JSON-able."""
+
+    name: str
+    output_type: str
+    metric: str
+    """Primary metric: the first of the task's list."""
+    filter: str
+    """Primary filter: `strict-match` where the task has it, else its first."""
+    metrics: tuple[str, ...]
+    filters: tuple[str, ...]
+    split: str
+    """The split that is evaluated."""
+    documents: int
+    """Evaluated documents."""
+    training: int
+    """Training documents; 0 where there are none."""
+    num_fewshot: int
+    choices: int
+    """Requests of the first document."""
+    template: str
+    """doc_to_text, or its source where it is a function: tasks that share it may share documents."""
+
+
+class Pair(NamedTuple):
+    """A training document as the request that lm-eval would build for its gold choice."""
+
+    doc_id: int
+    prompts: tuple[str, ...]
+    """What identifies the document without its label (`prompts`)."""
+    context: str
+    continuation: str
+
+
+def fold(text: str) -> str:
+    """Text with every run of white space as one blank, none at the ends."""
+    return " ".join(text.split())
+
+
+def prompt_hash(text: str) -> str:
+    """sha256 of the folded text, as 64 hex digits."""
+    return hashlib.sha256(fold(text).encode()).hexdigest()
+
+
+def documents(task: Task, limit: int | None = None) -> list[dict[str, Any]]:
+    """The evaluated documents, in order; their positions are lm-eval's doc ids."""
+    rows = task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+    return list(rows)[:limit] if limit else list(rows)
+
+
+def training_documents(task: Task) -> list[dict[str, Any]]:
+    """The training split's documents; empty where the task has none or evaluates the same split."""
+    evaluated = task.config.test_split or task.config.validation_split
+    if not task.has_training_docs() or task.config.training_split == evaluated:
+        return []
+    return list(task.training_docs())
+
+
+def doc_hash(doc: dict[str, Any]) -> str:
+    """The hash lm-eval writes for a document in its samples."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))
+
+
+def primary(task: Task) -> tuple[str, str]:
+    """The metric and the filter a task is judged by: the first of its list, and `strict-match` or its first filter."""
+    filters = [f.name for f in task._filters]
+    return next(iter(task.aggregation())), "strict-match" if "strict-match" in filters else filters[0]
+
+
+def _context(task: Task, doc: dict[str, Any], num_fewshot: int = 0) -> str | list[str]:
+    context: str | list[str] = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+    return context
+
+
+def instances(task: Task, limit: int | None = None) -> list[list[Any]]:
+    """Per document, the requests of `simple_evaluate`. Once per built task: few-shot sampling goes on where it was."""
+    shots = task.config.num_fewshot or 0
+    with quiet():
+        return [_requests(task, doc, i, _context(task, doc, shots)) for i, doc in enumerate(documents(task, limit))]
+
+
+def _requests(task: Task, doc: dict[str, Any], doc_id: int, context: str | list[str]) -> list[Any]:
+    requests = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, doc_id, task.config.repeats))
+    return requests if isinstance(requests, list) else [requests]
+
+
+def prompts(task: Task, doc: dict[str, Any]) -> tuple[str, ...]:
+    """What identifies a document without its label or number: its zero-shot prompt.
+
+    Where the choices fill a gap in the text (WinoGrande), each filled text to its end; where there is no prompt
+    (perplexity), the text itself.
+    """
+    context = _context(task, doc)
+    if isinstance(context, list):
+        tail = f"{task.config.target_delimiter}{task.doc_to_target(doc)}"
+        return tuple(part + tail for part in context)
+    return (context if context.strip() else str(task.doc_to_target(doc)),)
+
+
+def folded_prompts(task: Task) -> list[str]:
+    """Every evaluated document's `prompts`, folded."""
+    return [fold(prompt) for doc in documents(task) for prompt in prompts(task, doc)]
+
+
+def training_pairs(task: Task, order: Iterable[int] | None = None) -> Iterator[Pair]:
+    """The training documents, in `order` or their own, each as the request lm-eval builds for its gold choice.
+
+    Zero-shot: the prompt has no few-shot header. Raises ResolveError where the task has no training documents.
+    """
+    rows = training_documents(task)
+    if not rows:
+        raise ResolveError(f"task `{task.config.task}` has no training documents: add train.parquet to its data, or a "
+                           f"training_split of its own to its definition")  # fmt: skip
+    for doc_id in range(len(rows)) if order is None else order:
+        with quiet():
+            context, continuation = _gold_request(task, rows[doc_id], doc_id)
+            yield Pair(doc_id, prompts(task, rows[doc_id]), context, continuation)
+
+
+def _gold_request(task: Task, doc: dict[str, Any], doc_id: int) -> tuple[str, str]:
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise ResolveError(f"task `{task.config.task}` measures perplexity and has no answers to train on")
+    if task.OUTPUT_TYPE == "generate_until":
+        return _answered(task, doc)
+    requests = _requests(task, doc, doc_id, _context(task, doc))
+    gold = gold_choices(task, doc)[0] if task.OUTPUT_TYPE == "multiple_choice" else 0
+    context, continuation = requests[gold].args[:2]
+    return context, continuation
+
+
+def _answered(task: Task, doc: dict[str, Any]) -> tuple[str, str]:
+    """A generation task's prompt, and the answer as lm-eval writes it into a few-shot example."""
+    turn = functools.partial(
+        task.build_qa_turn,
+        q=task.doc_to_text(doc),
+        c=task.doc_to_choice(doc) if task.config.doc_to_choice else None,
+        gen_prefix=task.doc_to_prefix(doc),
+        tgt_delim=task.config.target_delimiter,
+        few_delim="",
+    )
+    asked = "".join(message.to_text() for message in turn())
+    answered = "".join(message.to_text() for message in turn(a=task.doc_to_target(doc)))
+    return str(_context(task, doc)), answered[len(asked) :]
+
+
+class _Unfit(Exception):
+    """A document's answer is none of its choices."""
+
+
+def gold_choices(task: Task, doc: dict[str, Any]) -> list[int]:
+    """Positions of a document's right choices. Raises _Unfit where the label is outside them."""
+    choices = task.doc_to_choice(doc)
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    labels = target if isinstance(target, list) else [target]
+    found = [choices.index(x) if isinstance(x, str) and x in choices else x for x in labels]
+    if not found or not all(isinstance(x, int) and 0 <= x < len(choices) for x in found):
+        raise _Unfit(f"holds {target!r}, which is none of the choices {choices}")
+    return found
+
+
+def check(source: TaskSource, training: bool = False) -> TaskFacts:
+    """What a plan must know of a task; every evaluated (and with `training` every training) document is looked at.
+
+    Raises ResolveError naming task, file and column: a column the templates miss, a label outside the choices, an
+    empty split. A task without training documents has `training` 0.
+    """
+    task = build(source)
+    evaluated, trained = documents(task), training_documents(task)
+    if not evaluated:
+        raise ResolveError(f"task `{source.name}`: {file_of(source, False)} holds no documents")
+    with quiet():
+        _check_answers(task, source, evaluated, False)
+        if training:
+            _check_answers(task, source, trained, True)
+        return _facts(task, source, evaluated, len(trained))
+
+
+def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], training: int) -> TaskFacts:
+    metric, filter_name = primary(task)
+    return TaskFacts(
+        name=source.name,
+        output_type=str(task.OUTPUT_TYPE),
+        metric=metric,
+        filter=filter_name,
+        metrics=tuple(task.aggregation()),
+        filters=tuple(f.name for f in task._filters),
+        split=task.config.test_split or task.config.validation_split,
+        documents=len(evaluated),
+        training=training,
+        num_fewshot=task.config.num_fewshot,
+        choices=len(_requests(task, evaluated[0], 0, _context(task, evaluated[0]))),
+        template=_template(task.config.doc_to_text),
+    )
+
+
+def _template(spec: Any) -> str:
+    return inspect.getsource(spec) if callable(spec) else str(spec)
+
+
+def _target(task: Task) -> Any:
+    return task.config.doc_to_text if task.multiple_input else task.config.doc_to_target
+
+
+def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:
+    where = f"task `{source.name}`: {file_of(source, training)}, document"
+    for i, doc in enumerate(rows):
+        try:
+            _check_answer(task, doc)
+            if i == 0:  # templates read the same columns for all
+                _context(task, doc)
+        except _Unfit as error:
+            raise ResolveError(f"{where} {i}: {_columns(task)} {error}") from None
+        except Exception as error:
+            column = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+            if column and column in map(str, doc.values()):  # a function looked a label up
+                held = next(k for k, v in doc.items() if str(v) == column)
+                raise ResolveError(f"{where} {i}: column `{held}` holds {column!r}, which is none of the choices") from error
+            reason = f"there is no column `{column}`" if column else f"{type(error).__name__}: {error}"
+            raise ResolveError(f"{where} {i}: {reason}, and {_columns(task)} needs it") from error
+
+
+def _check_answer(task: Task, doc: dict[str, Any]) -> None:
+    if task.OUTPUT_TYPE == "multiple_choice":
+        gold_choices(task, doc)
+        return
+    target = task.doc_to_target(doc)
+    if target is None or target == []:
+        raise _Unfit("holds no answer")
+    if task.config.doc_to_choice is not None and task.OUTPUT_TYPE == "generate_until":
+        gold_choices(task, doc)
+
+
+def _columns(task: Task) -> str:
+    """The columns the answer is read from, in words."""
+    spec = _target(task)
+    if not isinstance(spec, str):
+        return f"the answer (function {spec.__name__})" if callable(spec) else "the answer"
+    names = [spec] if spec in task.features else [c for c in task.features if re.search(rf"\b{re.escape(c)}\b", spec)]
+    return f"column{'s' * (len(names) > 1)} {', '.join(f'`{n}`' for n in names)}" if names else f"the answer `{spec}`"

@@ -1,0 +1,158 @@
+"""Results as text: the main table on a terminal, and rows as CSV, JSON or Parquet.
+
+The paper's main table has tasks as rows and none/port/refit per version as columns. A terminal is too narrow for
+several versions side by side, so there versions follow each other, one table per model, lineage and rank; the page
+keeps the paper's shape.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from portllm.errors import SpecError
+from portllm.report import text
+from portllm.report.verdicts import ARMS, Verdict
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Format = Literal["csv", "json", "parquet"]
+
+COLUMNS = (
+    "model", "lineage", "t", "update", "update_seed", "task", "num_fewshot", "arm", "source_model", "source_t", "rank",
+    "seed", "patches", "apply", "dtype", "metric", "filter", "primary", "value", "stderr", "n", "key", "version_key",
+    "wall_s",
+)  # fmt: skip
+"""Of a result row, in this order everywhere."""
+INTEGERS = {"t", "update_seed", "num_fewshot", "source_t", "rank", "seed", "n"}
+FLOATS = {"value", "stderr", "wall_s"}
+STYLE = {"port": "bold green", "refit": "bold yellow", "unsure": "dim"}
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], format: Format, target: str | Path | IO[Any]) -> None:
+    """Rows to a file, or to a stream (text, or binary for Parquet). JSON is a list; CSV leaves null empty."""
+    ordered = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    data = _encoded(ordered, format)
+    if isinstance(target, (str, Path)):
+        Path(target).write_bytes(data)
+        return
+    binary = target if isinstance(target, (io.RawIOBase, io.BufferedIOBase)) else getattr(target, "buffer", None)
+    if binary is not None:
+        target.flush()
+        binary.write(data)
+    elif format == "parquet":
+        raise SpecError("Parquet needs a file or a binary stream: name an output file")
+    else:
+        target.write(data.decode())
+
+
+def _encoded(rows: list[dict[str, Any]], format: Format) -> bytes:
+    if format == "json":
+        return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+    if format == "csv":
+        return _csv(rows).encode()
+    if format == "parquet":
+        return _parquet(rows)
+    raise SpecError(f"unknown format {format!r}: choose csv, json or parquet")
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "patches": ";".join(row["patches"] or ())})
+    return stream.getvalue()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema()), sink)
+    return bytes(sink.getvalue())
+
+
+def schema() -> pa.Schema:
+    """Arrow types of the result columns: the same for an empty study as for a full one."""
+    import pyarrow as pa
+
+    kinds: dict[str, pa.DataType] = {"patches": pa.list_(pa.string()), "primary": pa.bool_()}
+    kinds |= dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys(FLOATS, pa.float64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+
+
+def main_table(verdicts: Sequence[Verdict]) -> Group:
+    """The results for a terminal: one table per model, lineage, rank and apply mode, versions one below the other."""
+    tables = [_block(list(members)) for _, members in groupby(verdicts, key=lambda verdict: verdict.block)]
+    return Group(*tables, Text(legend(verdicts), style="dim")) if tables else Group(Text("no results yet"))
+
+
+def title(verdict: Verdict, among: Sequence[Verdict]) -> str:
+    """A block's name: model and lineage, and what else tells it from the other blocks."""
+    parts = [verdict.model, verdict.lineage]
+    if len({other.rank for other in among if other.rank is not None}) > 1 and verdict.rank is not None:
+        parts.append(f"rank {verdict.rank}")
+    if len({other.apply for other in among}) > 1:
+        parts.append(verdict.apply)
+    if len({other.dtype for other in among}) > 1:
+        parts.append(verdict.dtype)
+    return " · ".join(parts)
+
+
+def legend(verdicts: Sequence[Verdict]) -> str:
+    """What the columns mean, in a sentence a reader needs once."""
+    margin = text.points(verdicts[0].margin) if verdicts else ""
+    return (
+        "Scores in points ± one standard error, means over seeds; port−refit is paired by document. "
+        f"port: loses less than {margin} points, 95 % sure. refit: surely loses that or more. unsure: neither is shown."
+    )
+
+
+def _block(members: Sequence[Verdict]) -> Table:
+    table = Table(
+        title=escape(f"{members[0].model} · {members[0].lineage}{_details(members[0])}"), title_justify="left"
+    )
+    table.add_column("t", justify="right")
+    table.add_column("task")
+    for name in (*ARMS, "port−refit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("decision")
+    last = None
+    for verdict in members:
+        if last is not None and verdict.t != last:
+            table.add_section()
+        table.add_row(*_cells(verdict, first=verdict.t != last))
+        last = verdict.t
+    return table
+
+
+def _details(verdict: Verdict) -> str:
+    rank = "" if verdict.rank is None else f", rank {verdict.rank}"
+    return f" ({verdict.metric}{rank}, {verdict.apply}, {verdict.dtype})"
+
+
+def _cells(verdict: Verdict, first: bool) -> list[str | Text]:
+    scores = [text.score(verdict.arms.get(arm), verdict.scale) for arm in ARMS]
+    decision = Text(verdict.decision or "", style=STYLE.get(verdict.decision or "", ""))
+    lead = text.difference(verdict.regret, -verdict.scale) if verdict.t else ""
+    return [str(verdict.t) if first else "", escape(verdict.name), *scores, lead, decision]
+
+
+def printed(verdicts: Sequence[Verdict], width: int = 100) -> str:
+    """The main table as plain text, for logs and tests."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=False, color_system=None).print(main_table(verdicts))
+    return stream.getvalue()

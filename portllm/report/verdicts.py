@@ -1,0 +1,271 @@
+"""From result rows to verdicts: one patch recipe on one version, its arms side by side, and the decision.
+
+rows → grouped by (model, lineage, t, task, few-shot, rank, apply, dtype) → items paired → comparisons → Holm over the
+tasks → decisions. Only primary rows count. What pairs with what: port and refit of the same update seed and the same
+fine-tuning seed; `none` has no fine-tuning seed and meets every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from portllm.errors import StoreError
+from portllm.report.statistics import (
+    MARGIN,
+    Comparison,
+    Decision,
+    Estimate,
+    Floats,
+    Scores,
+    compare,
+    decide,
+    estimate,
+    holm,
+    ordered,
+    retention,
+    stack,
+    unpaired,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = Mapping[str, Any]
+"""One result row, keyed by the columns of `table.COLUMNS`."""
+Items = Callable[[str], "pa.Table"]
+"""A cell's key → its items."""
+ARMS = ("none", "port", "refit")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A patch recipe on one version of one lineage, for one task: is the old patch good enough there?"""
+
+    model: str
+    lineage: str
+    t: int
+    task: str
+    num_fewshot: int | None
+    rank: int | None
+    apply: str
+    dtype: str
+    metric: str
+    arms: Mapping[str, Estimate]
+    """By arm name; an arm that was not run is absent."""
+    regret: Comparison | None
+    """refit − port."""
+    lift: Comparison | None
+    """port − none."""
+    gain: Comparison | None
+    """refit − none."""
+    retention: float | None
+    adjusted_p: float | None
+    """p of the regret, Holm over the tasks of this version."""
+    decision: Decision | None
+    """None at t = 0, where the patch was trained."""
+    why: str
+    margin: float
+    refit_device_s: float | None
+    """Device seconds of one refit, mean over seeds. Porting costs none."""
+
+    @property
+    def name(self) -> str:
+        """The task, with its few-shot setting when it is not the task's own."""
+        return self.task if self.num_fewshot is None else f"{self.task} ({self.num_fewshot}-shot)"
+
+    @property
+    def scale(self) -> float:
+        """What a score is multiplied with for reading: 100 for shares, 1 for other metrics (perplexity)."""
+        return 100 if all(0 <= arm.value <= 1 for arm in self.arms.values()) else 1
+
+    @property
+    def block(self) -> tuple[str, str, int | None, str, str]:
+        """What stands in one table: model, lineage, rank, apply mode, dtype."""
+        return (self.model, self.lineage, self.rank, self.apply, self.dtype)
+
+    @property
+    def sure(self) -> float | None:
+        """Probability that porting loses less than the margin."""
+        return None if self.regret is None else self.regret.probability_below(self.margin)
+
+
+def verdicts(
+    rows: Iterable[Row],
+    items: Items | None = None,
+    steps: Iterable[Mapping[str, Any]] = (),
+    margin: float = MARGIN,
+    seed: int = 0,
+) -> list[Verdict]:
+    """Every verdict of the results, sorted by model, lineage, rank, t, task.
+
+    Without `items` (or where a metric is no mean over documents) arms are compared unpaired. Raises SpecError where two
+    arms were scored on different documents.
+    """
+    read = None if items is None else lru_cache(maxsize=512)(lambda key, kind: scores(items(key), kind))
+    seconds = device_seconds(steps)
+    found = [_verdict(group, arms, read, seconds, margin, seed) for group, arms in _groups(rows)]
+    return [_decided(verdict, p) for verdict, p in zip(found, _adjusted(found), strict=True)]
+
+
+def device_seconds(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Step key → wall seconds times devices."""
+    return {s["key"]: float(s["wall_s"]) * int(s.get("devices") or 1) for s in steps if s.get("wall_s") is not None}
+
+
+def scores(table: pa.Table, kind: str | None) -> Scores | None:
+    """A cell's scores under one filter; None where an item has no score of its own."""
+    rows = table.select(["doc_hash", "doc_id", "correct", "filter"]).to_pydict()
+    keep = [i for i, name in enumerate(rows["filter"]) if kind is None or name is None or name == kind]
+    if not keep:
+        raise StoreError(f"items hold no filter {kind!r}; they have {sorted(set(rows['filter']))}")
+    column = {name: [rows[name][i] for i in keep] for name in ("doc_hash", "doc_id", "correct")}
+    return None if None in column["correct"] else ordered(**column)
+
+
+Group = tuple[str, str, int, str, int | None, int | None, str, str]
+Read = Callable[[str, str | None], Scores | None]
+
+
+def _groups(rows: Iterable[Row]) -> list[tuple[Group, dict[str, list[Row]]]]:
+    """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype."""
+    bare: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[Group, dict[str, list[Row]]] = {}
+    for row in (r for r in rows if r["primary"] and r["arm"] in ARMS):
+        place = (row["model"], row["lineage"], row["t"], row["task"], row["num_fewshot"])
+        if row["arm"] == "none":
+            bare.setdefault((*place, row["dtype"]), []).append(row)
+        else:
+            group = (*place, row["rank"], row["apply"], row["dtype"])
+            groups.setdefault(group, {}).setdefault(row["arm"], []).append(row)
+    patched = {(*group[:5], group[7]) for group in groups}
+    for version, found in bare.items():
+        if version not in patched:
+            groups[(*version[:5], None, found[0]["apply"], version[5])] = {"none": found}
+    for group, arms in groups.items():
+        if (*group[:5], group[7]) in bare:
+            arms["none"] = bare[(*group[:5], group[7])]
+    return sorted(groups.items(), key=lambda entry: _order(entry[0]))
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    model, lineage, t, task, shots, rank, apply, dtype = group
+    return (model, lineage, rank or 0, apply, dtype, t, task, -1 if shots is None else shots)
+
+
+def _verdict(
+    group: Group, arms: dict[str, list[Row]], read: Read | None, seconds: Mapping[str, float], margin: float, seed: int
+) -> Verdict:
+    model, lineage, t, task, shots, rank, apply, dtype = group
+    against = {
+        name: _compared(arms.get(a, []), arms.get(b, []), read, seed)
+        for name, a, b in (("regret", "refit", "port"), ("lift", "port", "none"), ("gain", "refit", "none"))
+    }
+    return Verdict(
+        model, lineage, t, task, shots, rank, apply, dtype,
+        metric=next(iter(arms.values()))[0]["metric"],
+        arms={name: _estimated(arms[name], read) for name in ARMS if name in arms},
+        retention=retention(against["lift"], against["gain"]),
+        adjusted_p=None,
+        decision=None,
+        why="the patch was trained here",
+        margin=margin,
+        refit_device_s=_refit_cost(arms.get("refit", []), seconds),
+        **against,
+    )  # fmt: skip
+
+
+def _refit_cost(rows: Sequence[Row], seconds: Mapping[str, float]) -> float | None:
+    spent = [seconds[key] for row in rows for key in row["patches"] if key in seconds]
+    return sum(spent) / len(spent) if spent else None
+
+
+def _estimated(rows: Sequence[Row], read: Read | None) -> Estimate:
+    pairs = [(row, row) for row in rows]
+    found = _paired_scores(pairs, read)
+    if found is not None:
+        return estimate(found[0])
+    values_S = _clustered(np.array([[row["value"]] for row in rows]), pairs)[:, 0]
+    error = _mean_error(rows)
+    if error is not None and len(values_S) > 1:
+        error = float(np.sqrt(error**2 + np.var(values_S, ddof=1) / len(values_S)))
+    return Estimate(float(values_S.mean()), error, len(values_S), int(rows[0]["n"]))
+
+
+def _compared(a: Sequence[Row], b: Sequence[Row], read: Read | None, seed: int) -> Comparison | None:
+    pairs = _pairs(a, b)
+    if not pairs:
+        return None
+    found = _paired_scores(pairs, read)
+    if found is not None:
+        return compare(*found, seed=seed)
+    values = [_clustered(np.array([[pair[side]["value"]] for pair in pairs]), pairs)[:, 0] for side in (0, 1)]
+    errors = [_mean_error([pair[side] for pair in pairs]) for side in (0, 1)]
+    return unpaired(values[0], values[1], errors[0], errors[1], int(a[0]["n"]), seed)
+
+
+def _pairs(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Rows of the same update seed and fine-tuning seed; a row without a fine-tuning seed meets all of them."""
+    return [
+        (x, y)
+        for x in a
+        for y in b
+        if x["update_seed"] == y["update_seed"] and (x["seed"] == y["seed"] or None in (x["seed"], y["seed"]))
+    ]
+
+
+def _paired_scores(pairs: Sequence[tuple[Row, Row]], read: Read | None) -> tuple[Floats, Floats] | None:
+    """Both sides as (S, N), or None where items cannot stand for the metric."""
+    if read is None:
+        return None
+    cells = [[_faithful(row, read) for row in pair] for pair in pairs]
+    flat = [cell for sides in cells for cell in sides if cell is not None]
+    if len(flat) < 2 * len(cells):
+        return None
+    both = _clustered(stack(flat).reshape(len(cells), -1), pairs).reshape(-1, 2, len(flat[0].values_N))
+    return both[:, 0], both[:, 1]
+
+
+def _faithful(row: Row, read: Read) -> Scores | None:
+    """A cell's scores, when their mean is the row's value (accuracy is such a mean; F1 over the whole set is not)."""
+    found = read(row["key"], row["filter"])
+    return found if found is not None and abs(float(found.values_N.mean()) - row["value"]) < 1e-6 else None
+
+
+def _clustered(x_SK: Floats, pairs: Sequence[tuple[Row, Row]]) -> Floats:
+    """Replicates. Several update seeds: one row each, the mean over its fine-tuning seeds, which share the version."""
+    labels = [pair[0]["update_seed"] for pair in pairs]
+    if len(set(labels)) == 1:
+        return x_SK
+    return np.stack([x_SK[[label == name for label in labels]].mean(axis=0) for name in dict.fromkeys(labels)])
+
+
+def _mean_error(rows: Sequence[Row]) -> float | None:
+    """Root mean square of the cells' own standard errors."""
+    errors = [row["stderr"] for row in rows]
+    return None if None in errors else float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _adjusted(found: Sequence[Verdict]) -> list[float | None]:
+    """Holm over the tasks of each version of each block."""
+    families: dict[tuple[Any, ...], list[int]] = {}
+    for index, verdict in enumerate(found):
+        if verdict.regret is not None and verdict.regret.p_value is not None:
+            families.setdefault((*verdict.block, verdict.t), []).append(index)
+    adjusted: list[float | None] = [None] * len(found)
+    for members in families.values():
+        raw = [verdict.regret.p_value for i in members if (verdict := found[i]).regret is not None]
+        for index, p in zip(members, holm([p for p in raw if p is not None]), strict=True):
+            adjusted[index] = p
+    return adjusted
+
+
+def _decided(verdict: Verdict, p: float | None) -> Verdict:
+    if verdict.t == 0 or not {"port", "refit"} & set(verdict.arms):
+        return verdict if verdict.t == 0 else replace(verdict, why="no patch was evaluated here")
+    decision, why = decide(verdict.regret, verdict.margin, p)
+    return replace(verdict, adjusted_p=p, decision=decision, why=why)

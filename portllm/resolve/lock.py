@@ -1,0 +1,91 @@
+"""Hub ids pinned to commits: `STUDY.lock.json` beside the study, written by `portllm lock`.
+
+A name such as `main` moves; a key made from it would lie. So a plan needs full commit shas: from the study's own
+`revision`, or from the lock.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import ResolveError
+from portllm.resolve.models import pinned
+from portllm.study.spec import Study
+
+
+def lock_path(study_file: Path) -> Path:
+    """The lock beside a study file."""
+    return study_file.with_suffix(".lock.json")
+
+
+def read_lock(study_file: Path) -> dict[str, str]:
+    """Pins by `model:ID` and `dataset:ID`; empty where there is no lock."""
+    path = lock_path(study_file)
+    if not path.is_file():
+        return {}
+    try:
+        pins = json.loads(path.read_bytes())["pins"]
+    except (ValueError, KeyError, TypeError):
+        raise ResolveError(f"{path}: not a lock; write it anew with `portllm lock`") from None
+    bad = [k for k, v in pins.items() if not pinned(v)]
+    if bad:
+        raise ResolveError(f"{path}: {bad[0]}: not a full commit sha; write it anew with `portllm lock`")
+    return dict(pins)
+
+
+def hub_ids(study: Study, datasets: Mapping[str, str | None]) -> list[str]:
+    """Everything of a study that comes from the hub: `model:ID` or `dataset:ID`, unless pinned in the study itself.
+
+    `datasets`: task to its hub data set (`path:subset`), None where data are given.
+    """
+    ids = [f"model:{m.hub}" for m in study.models.values() if m.hub and not pinned(m.revision)]
+    ids += [f"model:{u.hub}" for line in study.lineages.values() for u in line.updates
+            if u.hub and not pinned(u.revision)]
+    ids += [f"dataset:{c.hub}" for c in study.corpora.values() if c.hub and not pinned(c.revision)]
+    ids += [f"dataset:{d.partition(':')[0]}" for d in datasets.values() if d]
+    return list(dict.fromkeys(ids))
+
+
+def apply_lock(study: Study, pins: Mapping[str, str]) -> Study:
+    """The study with its hub ids pinned where the lock knows them."""
+
+    def pin(kind: str, value: Any) -> Any:
+        sha = pins.get(f"{kind}:{value.hub}")
+        return value.model_copy(update={"revision": sha}) if value.hub and sha and not pinned(value.revision) else value
+
+    lineages = {
+        name: line.model_copy(update={"updates": [pin("model", u) for u in line.updates]})
+        for name, line in study.lineages.items()
+    }
+    return study.model_copy(update={
+        "models": {n: pin("model", m) for n, m in study.models.items()},
+        "corpora": {n: pin("dataset", c) for n, c in study.corpora.items()},
+        "lineages": lineages,
+    })
+
+
+def write_lock(study_file: Path, ids: list[str]) -> Path:
+    """Ask the hub for the commit of every id and write the lock; ResolveError offline, nothing written."""
+    from portllm.store.store import write_json
+
+    pins = {name: _commit(name) for name in ids}
+    path = lock_path(study_file)
+    write_json(path, {"pins": pins})
+    return path
+
+
+def _commit(name: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    kind, _, repository = name.partition(":")
+    try:
+        info = HfApi().repo_info(repository, repo_type=kind, timeout=20)
+    except OfflineModeIsEnabled:
+        raise ResolveError(f"{repository}: the hub is switched off (HF_HUB_OFFLINE); `lock` needs it") from None
+    except HfHubHTTPError as error:
+        raise ResolveError(f"{repository}: the hub refused: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # connection errors of whichever HTTP library the hub client uses
+        raise ResolveError(f"{repository}: the hub is out of reach ({type(error).__name__}); `lock` needs it") from None
+    return str(info.sha)

@@ -1,0 +1,134 @@
+"""`resolve`: everything a study names, looked at once; and a cache, so that looking again costs only stat calls."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from portllm import __version__
+from portllm.errors import SpecError
+from portllm.resolve.corpora import corpus_facts, screened
+from portllm.resolve.digests import DigestCache, cache_directory, stat_signature, write_cache
+from portllm.resolve.lock import apply_lock, hub_ids, lock_path, read_lock
+from portllm.resolve.models import model_facts, patch_facts, pinned, version_facts
+from portllm.resolve.source import Sources
+from portllm.study.facts import CorpusFacts, Facts, ModelFacts, PatchFacts, TaskFacts, from_json, to_json
+from portllm.study.spec import Study, load
+
+
+def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]:
+    """A study file validated and everything it names resolved; raises SpecError or ResolveError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: cannot be read as a study file: {getattr(error, 'strerror', None) or error}") from None
+    study, _ = load(text, str(file), overrides)
+    pins = read_lock(file)
+    study = apply_lock(study, pins)
+    remembered = _Remembered(file, text, overrides)
+    facts = remembered.load()
+    if facts is None:
+        sources = Sources(file.resolve().parent, DigestCache())
+        facts = resolve(study, sources, pins)
+        sources.digests.save()
+        remembered.save(facts, sources.seen)
+    return study, facts
+
+
+def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
+    """Look at everything a study names; `pins` are the lock's."""
+    from portllm.resolve import tasks as task_rooms
+
+    models = {name: model_facts(name, model, sources) for name, model in study.models.items()}
+    versions = _versions(study, models, sources)
+    patches = _patches(study, models, sources)
+    corpora = {name: corpus_facts(name, corpus, sources) for name, corpus in study.corpora.items()}
+    tasks = {task.task: task_rooms.task_facts(study, task, sources, pins) for task in study.tasks}
+    prompts = cache(lambda: task_rooms.evaluated_prompts(study, sources))
+    corpora = _screened(study, corpora, tasks, prompts, sources)
+    return Facts(
+        lm_eval=package_version("lm_eval"), models=models, corpora=corpora, tasks=tasks, patches=patches,
+        versions=versions, unpinned=tuple(unpinned(study, tasks)), notes=tuple(_notes(corpora)),
+    )
+
+
+def unpinned(study: Study, tasks: dict[str, TaskFacts]) -> list[str]:
+    """Hub ids without a commit."""
+    return hub_ids(study, {n: t.dataset for n, t in tasks.items() if not pinned(t.revision)})
+
+
+def _versions(study: Study, models: dict[str, ModelFacts], sources: Sources) -> dict[tuple[str, int], ModelFacts]:
+    found = {}
+    for name, lineage in study.lineages.items():
+        for i, update in enumerate(lineage.updates):
+            if update.path:
+                where = f"lineages.{name}.updates[{i}].path"
+                found[name, i] = version_facts(where, update.path, models[lineage.model], sources)
+            elif update.hub:
+                found[name, i] = replace(models[lineage.model], root=None)
+    return found
+
+
+def _patches(study: Study, models: dict[str, ModelFacts], sources: Sources) -> dict[tuple[str, int], PatchFacts]:
+    found = {}
+    for task, patches in study.patches.items():
+        for i, patch in enumerate(patches):
+            meant = {n: m for n, m in models.items() if patch.model in (None, n)}
+            found[task, i] = patch_facts(f"patches.{task}[{i}]", patch.path, meant, sources)
+    return found
+
+
+def _screened(study: Study, corpora: dict[str, CorpusFacts], tasks: dict[str, TaskFacts],
+              prompts: Callable[[], Iterable[str]], sources: Sources) -> dict[str, CorpusFacts]:
+    """Corpora at hand without the documents that hold an evaluated prompt; the result is remembered by content."""
+    evaluated = sorted((n, t.config, t.data.key if t.data else "") for n, t in tasks.items())
+    result = {}
+    for name, facts in corpora.items():
+        if facts.screened:
+            corpus = study.corpora[name]
+            content = [facts.source.key if facts.source else "", corpus.model_dump(mode="json"), evaluated]
+            facts = _cached("screen", content, lambda c=corpus, f=facts, n=name: list(  # type: ignore[misc]
+                screened(n, c, f, prompts).excluded), facts)
+        result[name] = facts
+    return result
+
+
+def _cached(kind: str, content: object, compute: Callable[[], list[int]], facts: CorpusFacts) -> CorpusFacts:
+    digest = hashlib.sha256(json.dumps([kind, 1, package_version("lm_eval"), content], sort_keys=True).encode())
+    path = cache_directory() / kind / f"{digest.hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return replace(facts, excluded=tuple(json.loads(path.read_bytes())))
+    excluded = compute()
+    write_cache(path, excluded)
+    return replace(facts, excluded=tuple(excluded))
+
+
+def _notes(corpora: dict[str, CorpusFacts]) -> list[str]:
+    return [f"corpus {name}: {len(facts.excluded)} documents hold an evaluated prompt and are left out"
+            for name, facts in corpora.items() if facts.excluded]
+
+
+class _Remembered:
+    """Facts of a study file as of the last plan, valid while every file looked at is unchanged."""
+
+    def __init__(self, file: Path, text: str, overrides: Sequence[str]) -> None:
+        lock = lock_path(file)
+        pins = lock.read_text() if lock.is_file() else ""
+        identity = [__version__, package_version("lm_eval"), str(file.resolve()), text, list(overrides), pins]
+        self.path = cache_directory() / "facts" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
+
+    def load(self) -> Facts | None:
+        try:
+            data = json.loads(self.path.read_bytes())
+            if all(stat_signature(Path(p)) == s for p, s in data["seen"].items()):
+                return from_json(data["facts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None
+
+    def save(self, facts: Facts, seen: dict[str, str]) -> None:
+        write_cache(self.path, {"seen": seen, "facts": to_json(facts)})

@@ -1,0 +1,112 @@
+"""Tasks: what lm-eval says they are, with the study's data; remembered by content."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import ResolveError
+from portllm.formats import lmeval
+from portllm.formats.lmeval_index import merged_config
+from portllm.resolve.digests import cache_directory, write_cache
+from portllm.resolve.source import Sources
+from portllm.study.facts import Given, TaskFacts
+from portllm.study.keys import digest, given_key
+from portllm.study.spec import Study, Task
+
+
+def task_facts(study: Study, task: Task, sources: Sources, pins: dict[str, str]) -> TaskFacts:
+    """A task of the study; every refusal that its definition and data allow."""
+    source = task_source(study, task, sources)
+    config = lmeval.definition_digest(lmeval.locate(task.task, source.definition))
+    facts = TaskFacts(definition=_definition(source, config), data=_data(source, sources), config=config)
+    if facts.data is None and (dataset := _hub_dataset(source)):
+        path = dataset.partition(":")[0]
+        return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{path}"))
+    content = ["task", 1, package_version("lm_eval"), source.name, config, facts.data.key if facts.data else "",
+               task.num_fewshot]
+    return _remembered(content, source, facts)
+
+
+def task_source(study: Study, task: Task, sources: Sources) -> lmeval.TaskSource:
+    """Where a task's definition and data lie."""
+    where = f"tasks.{task.task}"
+    definition = sources.directory(task.include_path, f"{where}.include_path") if task.include_path else None
+    return lmeval.TaskSource(task.task, definition, _data_directory(study, task, sources), num_fewshot=task.num_fewshot)
+
+
+def evaluated_prompts(study: Study, sources: Sources) -> list[str]:
+    """Folded prompts of every evaluated document whose data are at hand."""
+    found: list[str] = []
+    for task in study.tasks:
+        source = task_source(study, task, sources)
+        if source.data is not None or not _hub_dataset(source):
+            found += lmeval.folded_prompts(lmeval.build(replace(source, num_fewshot=0)))
+    return found
+
+
+def _data_directory(study: Study, task: Task, sources: Sources) -> Path | None:
+    if study.data_root is None:
+        return None
+    root = sources.directory(study.data_root, "data_root")
+    if not (root / task.task).is_dir():
+        raise ResolveError(f"data_root: {root} has no directory `{task.task}` with train.parquet and validation.parquet")
+    return root / task.task
+
+
+def _definition(source: lmeval.TaskSource, config: str) -> Given | None:
+    if source.definition is None:
+        return None
+    return Given(given_key("definition", config), str(source.definition), "definition")
+
+
+def _data(source: lmeval.TaskSource, sources: Sources) -> Given | None:
+    if source.data is None:
+        return None
+    return sources.given("data", source.data, sorted(source.data.glob("*.parquet")))
+
+
+def _hub_dataset(source: lmeval.TaskSource) -> str | None:
+    """Hub data set of a task without data of its own: path, and after a colon the subset."""
+    config = merged_config(lmeval.locate(source.name, source.definition))
+    path, name = config.get("dataset_path"), config.get("dataset_name")
+    if not path or path in ("parquet", "json", "csv", "text", "arrow") or config.get("custom_dataset"):
+        return None
+    return f"{path}:{name}" if name else str(path)
+
+
+def _offline(source: lmeval.TaskSource, facts: TaskFacts) -> TaskFacts:
+    """What the YAML alone tells of a task whose data lie on the hub."""
+    config = merged_config(lmeval.locate(source.name, source.definition))
+    choices = config.get("doc_to_choice")
+    metrics: list[dict[str, Any]] = config.get("metric_list") or [{"metric": "acc"}]
+    shots = config.get("num_fewshot") or 0
+    return replace(
+        facts, output_type=str(config.get("output_type", "generate_until")), metric=str(metrics[0]["metric"]),
+        num_fewshot=shots if source.num_fewshot is None else source.num_fewshot,
+        choices=len(choices) if isinstance(choices, list) else 2, template=str(config.get("doc_to_text", "")),
+    )
+
+
+def _remembered(content: list[Any], source: lmeval.TaskSource, facts: TaskFacts) -> TaskFacts:
+    """The facts after looking at every document, from the cache where the same content was looked at before."""
+    path = cache_directory() / "tasks" / f"{digest(content)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return replace(facts, **json.loads(path.read_bytes()))
+    found = dict(_checked(source))
+    write_cache(path, found)
+    return replace(facts, **found)
+
+
+def _checked(source: lmeval.TaskSource) -> Iterator[tuple[str, Any]]:
+    """Training documents are looked at as well wherever there are any."""
+    facts = lmeval.check(source, training=_has_training(source))
+    for name in ("output_type", "metric", "documents", "training", "num_fewshot", "choices", "template"):
+        yield name, getattr(facts, name)
+
+
+def _has_training(source: lmeval.TaskSource) -> bool:
+    return source.data is not None and (source.data / "train.parquet").is_file()

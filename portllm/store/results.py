@@ -1,0 +1,69 @@
+"""The result table: one row per planned coordinate and metric, read from published cells."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from portllm.store.store import Store
+from portllm.study.plan import Cell, Plan
+
+if TYPE_CHECKING:
+    import pyarrow
+
+COLUMNS = (
+    "model", "lineage", "t", "update", "update_seed", "task", "num_fewshot", "arm", "source_model", "source_t", "rank",
+    "seed", "patches", "apply", "dtype", "metric", "filter", "primary", "value", "stderr", "n", "key", "version_key",
+    "wall_s",
+)
+"""Columns of `portllm results`, in order."""
+
+
+def rows(cells: Iterable[Cell], store: Store) -> list[dict[str, Any]]:
+    """Rows of every published one of the cells, in their order."""
+    done = store.published(["evaluate"])
+    cache: dict[str, tuple[dict[str, Any], float]] = {}
+    return [row for cell in cells if cell.key in done for row in _rows(cell, store, cache)]
+
+
+def _rows(cell: Cell, store: Store, cache: dict[str, tuple[dict[str, Any], float]]) -> Iterator[dict[str, Any]]:
+    if cell.key not in cache:
+        results = json.loads((store.path("evaluate", cell.key) / "results.json").read_bytes())
+        cache[cell.key] = results, store.record("evaluate", cell.key)["wall_s"]
+    results, wall = cache[cell.key]
+    for metric in results["metrics"]:
+        yield {
+            "model": cell.model, "lineage": cell.lineage, "t": cell.t, "update": cell.update,
+            "update_seed": cell.update_seed, "task": cell.task, "num_fewshot": cell.num_fewshot, "arm": cell.arm,
+            "source_model": None if cell.arm == "none" else cell.model, "source_t": cell.source_t, "rank": cell.rank,
+            "seed": cell.seed, "patches": list(cell.patches), "apply": cell.apply, "dtype": cell.dtype,
+            "metric": metric["metric"], "filter": metric["filter"], "primary": metric["primary"],
+            "value": metric["value"], "stderr": metric["stderr"], "n": results["n"], "key": cell.key,
+            "version_key": cell.version_key, "wall_s": wall,
+        }
+
+
+def items(store: Store, key: str) -> "pyarrow.Table":
+    """Items of a published cell: doc_id, doc_hash, choice_loglikelihoods, prediction, target, correct, text, filter."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(store.path("evaluate", key) / "items.parquet")
+
+
+def trainings(plan: Plan, store: Store) -> list[dict[str, Any]]:
+    """Published trainings of a plan: stage, key, label, coordinates, wall_s, summary, curve, devices, recipe."""
+    done = store.published(["base", "update", "finetune"])
+    steps = [s for s in plan.steps.values() if s.key in done and s.stage in ("base", "update", "finetune")]
+    return [training(step, store) for step in steps]
+
+
+def training(step: Any, store: Store) -> dict[str, Any]:
+    """One published training."""
+    record = store.record(step.stage, step.key)
+    curve = store.path(step.stage, step.key) / "curve.jsonl"
+    lines = curve.read_text().splitlines() if curve.is_file() else []
+    return {
+        "stage": step.stage, "key": step.key, "label": step.label, "coordinates": dict(step.coordinates),
+        "wall_s": record["wall_s"], "summary": record["summary"], "curve": [json.loads(line) for line in lines],
+        "devices": record["devices"], "recipe": record["payload"]["recipe"],
+        "path": str(store.path(step.stage, step.key)),
+    }

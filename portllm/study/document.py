@@ -1,0 +1,152 @@
+"""The study file as a document: YAML in, plain values and their line numbers out, with overrides laid over it.
+
+Differences from plain YAML: a key that stands twice is an error, and `5e-4` is a number (YAML 1.1 reads it as text).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from portllm.errors import SpecError
+
+Location = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed study file."""
+
+    name: str
+    """As shown in errors: the file's path."""
+    data: dict[str, Any]
+    lines: Mapping[Location, int]
+    """1-based line of every value; overrides have none."""
+
+    def where(self, location: Location) -> str:
+        """`file:line: field` of a value, or of its nearest parent that stands in the file."""
+        field = dotted(location)
+        for size in range(len(location), -1, -1):
+            if location[:size] in self.lines:
+                return f"{self.name}:{self.lines[location[:size]]}: {field}".rstrip(": ")
+        return f"{self.name}: {field}".rstrip(": ")
+
+
+def dotted(location: Location) -> str:
+    """`lineages.lora.updates[0].rank` for a location."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Safe YAML with floats as people write them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
+    for key, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+               r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str, name: str) -> Document:
+    """Parse a study file's text; raises SpecError with file and line."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[Location, int] = {}
+            data = _construct(loader, node, (), lines, name) if node is not None else {}
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise SpecError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{name}: a study file is a mapping with keys such as name, models, lineages and tasks")
+    return Document(name, data, lines)
+
+
+def _construct(loader: Any, node: Any, at: Location, lines: dict[Location, int], name: str) -> Any:
+    lines[at] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            key = key if isinstance(key, str) else str(key_node.value)
+            if key in result:
+                raise SpecError(f"{name}:{key_node.start_mark.line + 1}: {dotted((*at, key))} stands twice")
+            result[key] = _construct(loader, value_node, (*at, key), lines, name)
+            lines[(*at, key)] = key_node.start_mark.line + 1
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, child, (*at, i), lines, name) for i, child in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def override(document: Document, assignments: Sequence[str]) -> Document:
+    """Lay `a.b=c` or `a[0].b=c` assignments over a document; values are YAML."""
+    data = _copy(document.data)
+    lines = dict(document.lines)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path.strip():
+            raise SpecError(f"-o {assignment}: write field=value, for example -o finetune.rank=16")
+        location = _location(path.strip(), assignment)
+        _assign(data, location, _value(text, assignment), assignment)
+        lines = {at: line for at, line in lines.items() if at[: len(location)] != location}
+    return Document(document.name, data, lines)
+
+
+def _location(path: str, assignment: str) -> Location:
+    if not re.fullmatch(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d+\])*", path):
+        raise SpecError(f"-o {assignment}: `{path}` is not a field such as lineages.lora.updates[0].rank")
+    parts = re.findall(r"[^.\[\]]+|\[\d+\]", path)
+    return tuple(int(p[1:-1]) if p.startswith("[") else int(p) if p.isdigit() else p for p in parts)
+
+
+def _value(text: str, assignment: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise SpecError(f"-o {assignment}: `{text}` is not a YAML value") from None
+
+
+def _assign(data: Any, location: Location, value: Any, assignment: str) -> None:
+    for depth, part in enumerate(location[:-1]):
+        if isinstance(data, list):
+            data = data[_index(data, part, location[: depth + 1], assignment)]
+        elif isinstance(data, dict):
+            data = data.setdefault(str(part), {})
+        else:
+            raise SpecError(f"-o {assignment}: {dotted(location[:depth])} is a value, not a mapping")
+    last = location[-1]
+    if isinstance(data, list):
+        data[_index(data, last, location, assignment)] = value
+    elif isinstance(data, dict):
+        data[str(last)] = value
+    else:
+        raise SpecError(f"-o {assignment}: {dotted(location[:-1])} is a value, not a mapping")
+
+
+def _index(data: list[Any], part: str | int, location: Location, assignment: str) -> int:
+    if isinstance(part, int) and 0 <= part < len(data):
+        return part
+    raise SpecError(f"-o {assignment}: {dotted(location)}: the list has {len(data)} entries, numbered from 0")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value

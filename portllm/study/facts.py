@@ -1,0 +1,160 @@
+"""What `resolve` found out about the things a study names: plain values, so that planning is pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Given:
+    """Something a user handed in, used where it lies. Its key is made from its content digest."""
+
+    key: str
+    path: str
+    """Absolute."""
+    what: str
+    """model, tokenizer, patch, corpus, data, definition or gguf."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, from its safetensors headers or its configuration."""
+
+    parameters: int
+    linear: tuple[tuple[int, int], ...] = ()
+    """(out, in) of every linear module that `all-linear` targets."""
+    layers: int = 0
+    hidden: int = 0
+    vocabulary: int = 0
+    max_positions: int = 0
+    """Longest sequence; 0 where unknown."""
+    storage: str = "float32"
+
+    def lora_parameters(self, rank: int) -> int:
+        """Trainable parameters of a rank-r LoRA over all linear modules: Σ r·(in + out)."""
+        return sum(rank * (rows + columns) for rows, columns in self.linear)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model or a given version."""
+
+    root: Given | None
+    """The directory, where it is used as it lies (path)."""
+    tokenizer: Given | None
+    """Its tokenizer's files, where they are known before a run."""
+    source: Given | None = None
+    """The GGUF file."""
+    shape: Shape | None = None
+    """None where nothing is known offline."""
+    storage: str = "float32"
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """A corpus."""
+
+    source: Given | None
+    format: str | None = None
+    rows: int | None = None
+    excluded: tuple[int, ...] = ()
+    """Rows that hold an evaluated prompt of one of the study's tasks."""
+    screened: bool = True
+    """False for a hub corpus: it is screened when it is read."""
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """An lm-eval task with its data."""
+
+    definition: Given | None
+    data: Given | None
+    config: str = ""
+    """Digest of its YAML, of what it includes and of its functions."""
+    dataset: str | None = None
+    """Hub data set `path:subset` where no data are given."""
+    revision: str | None = None
+    output_type: str = "multiple_choice"
+    metric: str = "acc"
+    documents: int | None = None
+    """Evaluated documents, before a limit; None where the hub holds them."""
+    training: int | None = None
+    """Training documents."""
+    num_fewshot: int = 0
+    choices: int = 1
+    template: str = ""
+    """doc_to_text: tasks that share it could leak into each other's training."""
+
+
+@dataclass(frozen=True)
+class PatchFacts:
+    """A PEFT adapter that exists already."""
+
+    root: Given
+    rank: int
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a plan stands on, by the study's names."""
+
+    lm_eval: str
+    models: Mapping[str, ModelFacts]
+    corpora: Mapping[str, CorpusFacts]
+    tasks: Mapping[str, TaskFacts]
+    patches: Mapping[tuple[str, int], PatchFacts] = field(default_factory=dict)
+    """By (task, position in the study's list)."""
+    versions: Mapping[tuple[str, int], ModelFacts] = field(default_factory=dict)
+    """Given versions, by (lineage, position in its updates)."""
+    unpinned: tuple[str, ...] = ()
+    """Hub ids without a commit: the plan has no keys, and `run` refuses it."""
+    notes: tuple[str, ...] = ()
+    """Things a user should know before a run: rows dropped, few examples."""
+
+
+def to_json(value: Any) -> Any:
+    """Facts as JSON (tuple keys of mappings become `a|b`)."""
+    from dataclasses import fields, is_dataclass
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {"|".join(map(str, k)) if isinstance(k, tuple) else k: to_json(v) for k, v in value.items()}
+    return [to_json(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_json(data: Mapping[str, Any]) -> Facts:
+    """The inverse of `to_json`."""
+    return Facts(
+        lm_eval=data["lm_eval"],
+        models={k: _model(v) for k, v in data["models"].items()},
+        corpora={k: CorpusFacts(**{**v, "source": _given(v["source"]), "excluded": tuple(v["excluded"])})
+                 for k, v in data["corpora"].items()},
+        tasks={k: TaskFacts(**{**v, "definition": _given(v["definition"]), "data": _given(v["data"])})
+               for k, v in data["tasks"].items()},
+        patches={_pair(k): PatchFacts(**{**v, "root": Given(**v["root"])}) for k, v in data["patches"].items()},
+        versions={_pair(k): _model(v) for k, v in data["versions"].items()},
+        unpinned=tuple(data["unpinned"]),
+        notes=tuple(data["notes"]),
+    )
+
+
+def _given(value: Mapping[str, Any] | None) -> Given | None:
+    return Given(**value) if value else None
+
+
+def _pair(text: str) -> tuple[str, int]:
+    name, _, number = text.rpartition("|")
+    return name, int(number)
+
+
+def _model(value: Mapping[str, Any]) -> ModelFacts:
+    shape = value["shape"]
+    return ModelFacts(
+        root=_given(value["root"]),
+        tokenizer=_given(value["tokenizer"]),
+        source=_given(value["source"]),
+        shape=Shape(**{**shape, "linear": tuple((r, c) for r, c in shape["linear"])}) if shape else None,
+        storage=value["storage"],
+    )

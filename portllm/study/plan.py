@@ -1,0 +1,401 @@
+"""The plan: a study expanded into steps, deduplicated by key, and the cells that read them. Pure.
+
+Study coordinates (arm, t, lineage) are names in the plan and never part of a key: `port` at t = 0 is `refit` at t = 0,
+and `none` has neither rank nor seed, so each is one step however many cells read it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from portllm.errors import SpecError
+from portllm.study import recipes as r
+from portllm.study.facts import Facts, Given, ModelFacts, TaskFacts
+from portllm.study.keys import payload, step_key
+from portllm.study.resources import Layout
+from portllm.study.spec import Corpus, ExportChoice, Finetune, Init, StageResources, Study, Task, Training, Update
+
+LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
+"""Peak learning rate of an update that names none."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A unit of planned work."""
+
+    key: str
+    stage: str
+    label: str
+    recipe: Any
+    inputs: Mapping[str, str]
+    """Role to key, of another step or of something given."""
+    layout: Layout = field(default_factory=Layout)
+    coordinates: Mapping[str, Any] = field(default_factory=dict)
+    """Where the study first asked for it: names only."""
+
+    def payload(self) -> dict[str, Any]:
+        """What the key is the hash of."""
+        return payload(self.stage, self.recipe, self.inputs)
+
+    @property
+    def version(self) -> tuple[str, ...] | None:
+        """Identity of the version this step opens: keys of root and deltas."""
+        roles = [role for role in self.inputs if role == "root" or role.startswith("delta")]
+        return tuple(self.inputs[role] for role in sorted(roles, key=_role_order)) if roles else None
+
+
+def _role_order(role: str) -> int:
+    return 0 if role == "root" else int(role.removeprefix("delta"))
+
+
+@dataclass(frozen=True)
+class Version:
+    """θₜ in a plan."""
+
+    t: int
+    root: str
+    deltas: tuple[str, ...] = ()
+    tokenizer: str = ""
+    update: str | None = None
+    """lora, full or given; None at t = 0."""
+    facts: ModelFacts | None = None
+
+    @property
+    def key(self) -> str:
+        """Key of the step or given thing that made this version what it is."""
+        return self.deltas[-1] if self.deltas else self.root
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Roles of a step that opens this version."""
+        return {"root": self.root} | {f"delta{i}": key for i, key in enumerate(self.deltas, 1)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One planned coordinate of the result table, and the step that scores it."""
+
+    model: str
+    lineage: str
+    t: int
+    update: str | None
+    update_seed: int | None
+    task: str
+    num_fewshot: int
+    arm: str
+    source_t: int | None
+    rank: int | None
+    seed: int | None
+    patches: tuple[str, ...]
+    apply: str
+    dtype: str
+    key: str
+    version_key: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order that respects their inputs, cells in the order of the study."""
+
+    name: str
+    steps: Mapping[str, Step]
+    cells: tuple[Cell, ...]
+    givens: Mapping[str, Given]
+    unpinned: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def dependents(self) -> dict[str, list[str]]:
+        """Steps that read each step."""
+        result: dict[str, list[str]] = {key: [] for key in self.steps}
+        for step in self.steps.values():
+            for key in set(step.inputs.values()) & self.steps.keys():
+                result[key].append(step.key)
+        return result
+
+
+def make_plan(study: Study, facts: Facts) -> Plan:
+    """Expand a study. Raises SpecError for what can never run."""
+    return _Planner(study, facts).plan()
+
+
+class _Planner:
+    """Collects steps while walking the study once, lineage by lineage."""
+
+    def __init__(self, study: Study, facts: Facts) -> None:
+        self.study = study
+        self.facts = facts
+        self.steps: dict[str, Step] = {}
+        self.givens: dict[str, Given] = {}
+        self.cells: dict[Cell, None] = {}
+        self.version_zero: dict[str, Version] = {}
+
+    def plan(self) -> Plan:
+        for name, lineage in self.study.lineages.items():
+            for seed in lineage.seeds:
+                self._lineage(name, seed)
+        return Plan(self.study.name, self.steps, tuple(self.cells), self.givens, self.facts.unpinned, self.facts.notes)
+
+    # --- the walk
+
+    def _lineage(self, name: str, update_seed: int) -> None:
+        versions = list(self._versions(name, update_seed))
+        for task in self.study.tasks:
+            for mode in self.study.evaluate.apply:
+                for version in versions:
+                    self._cells(name, update_seed, versions[0], version, task, mode)
+
+    def _versions(self, name: str, seed: int) -> Iterator[Version]:
+        lineage = self.study.lineages[name]
+        version = self._zero(lineage.model)
+        yield version
+        position: dict[str, int] = {}
+        for i, update in enumerate(lineage.updates):
+            for _ in range(update.steps):
+                version = self._next(name, i, update, version, position, seed)
+                yield version
+
+    def _cells(self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task, mode: str) -> None:
+        for arm in self.study.arms:
+            for source, patches, rank, seed in self._patches(lineage, arm, zero, version, task):
+                model = self.study.lineages[lineage].model
+                label = f"{self._name(lineage, version)} {task.task} {arm}{_suffix(rank, seed)}"
+                step = self._evaluate(version, patches, task, mode, label, model)
+                facts = self.facts.tasks[task.task]
+                self.cells[Cell(
+                    model=model, lineage=lineage, t=version.t, update=version.update,
+                    update_seed=update_seed if version.t else None, task=task.task,
+                    num_fewshot=facts.num_fewshot if task.num_fewshot is None else task.num_fewshot,
+                    arm=arm, source_t=source, rank=rank, seed=seed, patches=patches, apply=mode,
+                    dtype=self.study.evaluate.dtype, key=step, version_key=version.key,
+                )] = None
+                self._export(lineage, version, task, arm, rank, seed, patches)
+
+    def _name(self, lineage: str, version: Version) -> str:
+        """A version in labels; θ₀ belongs to the model, not to a lineage."""
+        return f"{lineage if version.t else self.study.lineages[lineage].model} t={version.t}"
+
+    def _patches(
+        self, lineage: str, arm: str, zero: Version, version: Version, task: Task
+    ) -> Iterator[tuple[int | None, tuple[str, ...], int | None, int | None]]:
+        """(source t, patch keys, rank, seed) of an arm at a version."""
+        if arm == "none":
+            yield None, (), None, None
+            return
+        given = list(self._given_patches(lineage, task)) if arm == "port" else []
+        for key, rank in given:
+            yield 0, (key,), rank, None
+        if given:
+            return
+        source = zero if arm == "port" else version
+        recipe = self._finetune_fields(lineage, task)
+        for rank in recipe.rank:
+            for seed in recipe.seeds:
+                key = self._finetune(lineage, source, task, recipe, rank, seed)
+                yield source.t, (key,), rank, seed
+
+    def _given_patches(self, lineage: str, task: Task) -> Iterator[tuple[str, int]]:
+        for i, patch in enumerate(self.study.patches.get(task.task, [])):
+            if patch.model in (None, self.study.lineages[lineage].model):
+                facts = self.facts.patches[task.task, i]
+                yield self._give(facts.root), facts.rank
+
+    # --- steps
+
+    def _add(self, stage: str, recipe: Any, inputs: Mapping[str, str], label: str, layout: Layout = Layout(),
+             **coordinates: Any) -> str:
+        key = step_key(stage, recipe, inputs)
+        if key not in self.steps:
+            self.steps[key] = Step(key, stage, label, recipe, dict(inputs), layout, coordinates)
+        return key
+
+    def _give(self, given: Given) -> str:
+        self.givens[given.key] = given
+        return given.key
+
+    def _zero(self, name: str) -> Version:
+        if name not in self.version_zero:
+            self.version_zero[name] = self._base(name)
+        return self.version_zero[name]
+
+    def _base(self, name: str) -> Version:
+        model, facts = self.study.models[name], self.facts.models[name]
+        if facts.root is not None and facts.tokenizer is not None:
+            return Version(0, self._give(facts.root), tokenizer=self._give(facts.tokenizer), facts=facts)
+        recipe = r.Base(source="gguf", storage=facts.storage)  # type: ignore[arg-type]
+        inputs: dict[str, str] = {}
+        if model.hub:
+            recipe = replace(recipe, source="hub", hub=model.hub, revision=model.revision or "unpinned")
+        elif model.init:
+            recipe, inputs = self._init(model.init, facts.storage)
+        elif facts.source is not None:
+            inputs = {"source": self._give(facts.source)}
+        layout = _layout(self.study.resources.base)
+        key = self._add("base", recipe, inputs, f"base {name}", layout, model=name)
+        return Version(0, key, tokenizer=key, facts=facts)
+
+    def _init(self, init: Init, storage: str) -> tuple[r.Base, dict[str, str]]:
+        corpus, facts = self.study.corpora[init.corpus], self.facts.corpora[init.corpus]
+        recipe = r.Base(
+            source="init", storage=storage, model_type=init.model_type, config=init.config,  # type: ignore[arg-type]
+            tokenizer=init.tokenizer, vocabulary=init.vocabulary, text=text_recipe(corpus, facts.format),
+            excluded=facts.excluded, tokens=init.tokens, sequence_length=init.sequence_length,
+            optimization=_optimization(init, init.learning_rate, init.seed),
+        )
+        return recipe, {"source": self._give(facts.source)} if facts.source else {}
+
+    def _next(self, lineage: str, i: int, update: Update, version: Version, position: dict[str, int],
+              seed: int) -> Version:
+        t = version.t + 1
+        if update.given:
+            return self._given_version(lineage, i, update, version)
+        assert update.corpus is not None and update.method is not None and update.tokens is not None
+        self._check_length(update.sequence_length, version, f"lineages.{lineage}.updates[{i}].sequence_length")
+        start = position.get(update.corpus, 0)
+        position[update.corpus] = start + update.tokens
+        recipe = r.Update(
+            method=update.method, tokens=update.tokens, sequence_length=update.sequence_length, start=start,
+            optimization=_optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
+            lora=_lora(update.rank, update.alpha, update.targets) if update.method == "lora" else None,
+        )
+        inputs = version.inputs | {"corpus": self._corpus(update.corpus, version)}
+        key = self._add("update", recipe, inputs, f"update {lineage} t={t}{f' s{seed}' if seed else ''}",
+                        _layout(self.study.resources.update), lineage=lineage, t=t, update_seed=seed,
+                        model=self.study.lineages[lineage].model)
+        if update.method == "lora":
+            return replace(version, t=t, deltas=(*version.deltas, key), update="lora")
+        return replace(version, t=t, root=key, deltas=(), update="full")
+
+    def _given_version(self, lineage: str, i: int, update: Update, version: Version) -> Version:
+        facts = self.facts.versions[lineage, i]
+        if facts.root is not None:
+            root = self._give(facts.root)
+        else:
+            recipe = r.Base(source="hub", hub=update.hub, revision=update.revision or "unpinned",
+                            storage=facts.storage)  # type: ignore[arg-type]
+            root = self._add("base", recipe, {}, f"base {lineage} t={version.t + 1}", Layout(), lineage=lineage)
+        return replace(version, t=version.t + 1, root=root, deltas=(), update="given", facts=facts)
+
+    def _corpus(self, name: str, version: Version) -> str:
+        corpus, facts = self.study.corpora[name], self.facts.corpora[name]
+        inputs = {"tokenizer": version.tokenizer}
+        if facts.source is not None:
+            inputs["source"] = self._give(facts.source)
+        if not facts.screened:
+            for i, task in enumerate(self.study.tasks, 1):
+                inputs[f"screen{i}"] = self._requests(task, version, whole=True)
+        recipe = r.Corpus(text_recipe(corpus, facts.format), facts.excluded)
+        return self._add("corpus", recipe, inputs, f"corpus {name}", corpus=name)
+
+    def _requests(self, task: Task, version: Version, whole: bool = False) -> str:
+        """Evaluation requests; `whole` ignores limit and few-shot settings: every document, for screening."""
+        facts = self.facts.tasks[task.task]
+        recipe = r.Requests(
+            task=task.task, split="evaluate", lm_eval=self.facts.lm_eval, config=facts.config,
+            dataset=facts.dataset,
+            revision=facts.revision, num_fewshot=0 if whole else task.num_fewshot,
+            limit=None if whole else task.limit,
+        )
+        inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
+        return self._add("requests", recipe, inputs, f"requests {task.task}", task=task.task)
+
+    def _examples(self, task: Task, version: Version, examples: int | None) -> str:
+        facts = self.facts.tasks[task.task]
+        if facts.data is not None and not facts.training:
+            raise SpecError(f"task `{task.task}` has no training documents: a patch cannot be trained on it; add "
+                            f"train.parquet to its data, or give a patch under patches")
+        recipe = r.Requests(task=task.task, split="train", lm_eval=self.facts.lm_eval, config=facts.config,
+                            dataset=facts.dataset, revision=facts.revision, examples=examples)
+        inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
+        twins = [other for other in self.study.tasks
+                 if other.task != task.task and self.facts.tasks[other.task].template == facts.template]
+        for i, twin in enumerate(twins, 1):
+            inputs[f"screen{i}"] = self._requests(twin, version, whole=True)
+        return self._add("requests", recipe, inputs, f"examples {task.task}", task=task.task)
+
+    def _task_inputs(self, facts: TaskFacts) -> dict[str, str]:
+        given = {"definition": facts.definition, "data": facts.data}
+        return {role: self._give(value) for role, value in given.items() if value is not None}
+
+    def _finetune_fields(self, lineage: str, task: Task) -> Finetune:
+        assert self.study.finetune is not None
+        model = self.study.models[self.study.lineages[lineage].model]
+        return self.study.finetune.changed(model.finetune, task.finetune)
+
+    def _finetune(self, lineage: str, version: Version, task: Task, fields: Finetune, rank: int, seed: int) -> str:
+        self._check_rank(rank, version, task)
+        epochs = fields.epochs if fields.epochs or fields.steps else 1.0
+        recipe = r.Finetune(
+            lora=_lora(rank, fields.alpha, fields.targets), epochs=epochs, steps=fields.steps,
+            optimization=_optimization(fields, fields.learning_rate, seed),
+        )
+        inputs = version.inputs | {"examples": self._examples(task, version, fields.examples)}
+        label = f"finetune {self._name(lineage, version)} {task.task}{_suffix(rank, seed)}"
+        return self._add("finetune", recipe, inputs, label, _layout(self.study.resources.finetune),
+                         model=self.study.lineages[lineage].model, lineage=lineage, t=version.t, task=task.task,
+                         rank=rank, seed=seed)
+
+    def _evaluate(self, version: Version, patches: tuple[str, ...], task: Task, mode: str, label: str,
+                  model: str) -> str:
+        settings = self.study.evaluate
+        recipe = r.Evaluate(
+            lm_eval=self.facts.lm_eval, apply=mode if patches else "merged",  # type: ignore[arg-type]
+            dtype=settings.dtype, scales=(1.0,) * len(patches), score_tokens=settings.score_tokens,
+        )
+        inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
+        inputs |= {"requests": self._requests(task, version)} | self._task_inputs(self.facts.tasks[task.task])
+        return self._add("evaluate", recipe, inputs, f"evaluate {label}", _layout(self.study.resources.evaluate),
+                         model=model, task=task.task)
+
+    def _export(self, lineage: str, version: Version, task: Task, arm: str, rank: int | None, seed: int | None,
+                patches: tuple[str, ...]) -> None:
+        at = {"lineage": lineage, "t": version.t, "task": task.task, "arm": arm, "rank": rank, "seed": seed}
+        if any(_matches(choice, at) for choice in self.study.export):
+            inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
+            label = f"export {lineage} t={version.t} {task.task} {arm}"
+            self._add("export", r.Export(scales=(1.0,) * len(patches)), inputs, label, Layout(), **at)
+
+    # --- refusals that need shapes
+
+    def _check_length(self, length: int, version: Version, field: str) -> None:
+        shape = version.facts.shape if version.facts else None
+        if shape and 0 < shape.max_positions < length:
+            raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
+
+    def _check_rank(self, rank: int, version: Version, task: Task) -> None:
+        shape = version.facts.shape if version.facts else None
+        if shape and 0 < shape.hidden < rank:
+            raise SpecError(f"finetune.rank: {rank} is larger than the model's width of {shape.hidden} "
+                            f"(task {task.task}): such a patch is no longer low-rank")
+
+
+def _suffix(rank: int | None, seed: int | None) -> str:
+    return (f" r{rank}" if rank is not None else "") + (f" s{seed}" if seed is not None else "")
+
+
+def _matches(choice: ExportChoice, at: Mapping[str, Any]) -> bool:
+    return all(value is None or at[name] == value for name, value in choice.model_dump().items())
+
+
+def text_recipe(corpus: Corpus, format: str | None) -> r.Text:
+    """A corpus of the study as a recipe."""
+    return r.Text(
+        format=format, text=corpus.text, template=corpus.template, hub=corpus.hub,  # type: ignore[arg-type]
+        subset=corpus.subset, revision=(corpus.revision or "unpinned") if corpus.hub else None, split=corpus.split,
+        generator=corpus.generator, documents=corpus.documents, options=corpus.options, seed=corpus.seed,
+    )
+
+
+def _optimization(fields: Training | Update, learning_rate: float, seed: int) -> r.Optimization:
+    return r.Optimization(
+        learning_rate=learning_rate, batch=fields.batch, seed=seed, schedule=fields.schedule, warmup=fields.warmup,
+        weight_decay=fields.weight_decay, clip=fields.clip, dtype=fields.dtype,
+    )
+
+
+def _lora(rank: int, alpha: float | None, targets: str | list[str]) -> r.Lora:
+    named = targets if isinstance(targets, str) else tuple(targets)
+    return r.Lora(rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=named)
+
+
+def _layout(resources: StageResources) -> Layout:
+    return Layout(**resources.model_dump())

@@ -1,0 +1,453 @@
+"""The study file's fields. Unknown keys are refused; every error names file, line and field.
+
+`load(text, name, overrides)` is the way in. Paths stay as written: `resolve` takes them relative to the study file.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from portllm.errors import SpecError
+from portllm.study.document import Document, Location, override, parse
+from portllm.study.recipes import Dtype, Schedule
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Arm = Literal["none", "port", "refit"]
+ApplyMode = Literal["merged", "adapter"]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class Strict(BaseModel):
+    """Fields as named, nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Training(Strict):
+    """Optimizer fields that every training shares."""
+
+    learning_rate: Rate
+    """Peak learning rate."""
+    batch: Count = 16
+    """Global batch: packed sequences (updates, pretraining) or examples (fine-tuning)."""
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of all optimizer steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    dtype: Dtype = "float32"
+    """Of compute and frozen weights; whatever trains has fp32 masters."""
+
+
+class Init(Training):
+    """A model from scratch: an architecture, a tokenizer, and pretraining on one of the study's corpora."""
+
+    model_type: str
+    """transformers' name of the architecture: mistral, llama, gemma2, …"""
+    config: dict[str, Any] = {}
+    """Arguments of its configuration class: hidden_size, num_hidden_layers, …"""
+    tokenizer: Literal["word", "bpe"] = "word"
+    vocabulary: Count = 8192
+    corpus: str
+    tokens: Count
+    """Tokens of pretraining."""
+    sequence_length: Count = 128
+    seed: Seed = 0
+
+
+class FinetuneChange(Strict):
+    """A model's or task's own fine-tuning fields, laid over the study's."""
+
+    rank: Annotated[list[Count], BeforeValidator(_listed)] | None = None
+    alpha: Rate | None = None
+    targets: str | list[str] | None = None
+    examples: Count | None = None
+    epochs: Rate | None = None
+    steps: Count | None = None
+    learning_rate: Rate | None = None
+    batch: Count | None = None
+    schedule: Schedule | None = None
+    warmup: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    clip: float | None = Field(None, gt=0)
+    dtype: Dtype | None = None
+    seeds: list[Seed] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "FinetuneChange":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class Finetune(Training):
+    """How patches are made: LoRA on a task's own training examples."""
+
+    rank: Annotated[list[Count], BeforeValidator(_listed)] = [8]
+    """One rank or several."""
+    alpha: Rate | None = None
+    """LoRA alpha; default 2 x rank."""
+    targets: str | list[str] = "all-linear"
+    examples: Count | None = None
+    """At most so many training examples; the number used is recorded."""
+    epochs: Rate | None = None
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    seeds: list[Seed] = Field([0], min_length=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Finetune":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+    def changed(self, *changes: FinetuneChange | None) -> "Finetune":
+        """These fields with a model's and a task's own laid over them."""
+        fields = self.model_dump()
+        for change in filter(None, changes):
+            new = change.model_dump(exclude_none=True)
+            if "epochs" in new or "steps" in new:
+                fields.update(epochs=None, steps=None)
+            fields.update(new)
+        return Finetune(**fields)
+
+
+class Model(Strict):
+    """A base model θ₀: exactly one of path, hub, gguf and init."""
+
+    path: str | None = None
+    """Directory with config.json, tokenizer and safetensors."""
+    hub: str | None = None
+    """Hugging Face id; needs a revision to run."""
+    revision: str | None = None
+    """Full commit sha."""
+    gguf: str | None = None
+    """GGUF file, dequantised once."""
+    init: Init | None = None
+    shape: str | None = None
+    """For a hub model: its config JSON (a file, or a name that ships with portllm), so that `plan` works offline."""
+    dtype: Dtype | None = None
+    """Storage dtype of the lineage for hub, gguf and init; a directory keeps its own."""
+    finetune: FinetuneChange | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        _exactly_one(self, "path", "hub", "gguf", "init")
+        if self.revision and not self.hub:
+            raise ValueError("revision goes with hub")
+        return self
+
+
+class Corpus(Strict):
+    """Text: exactly one of path, hub and generator; documents from a column or a template over columns."""
+
+    path: str | None = None
+    """A .parquet, .jsonl or .txt file (a text file's documents are its lines)."""
+    hub: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    """Full commit sha."""
+    split: str = "train"
+    generator: str | None = None
+    documents: Count | None = None
+    """How many documents the generator makes."""
+    options: dict[str, Any] = {}
+    """Of the generator."""
+    text: str | None = None
+    """Column that holds the document."""
+    template: str | None = None
+    """For example "{instruction}\\n{output}"."""
+    seed: Seed = 0
+    """Of the generator, and of the order of documents."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Corpus":
+        _exactly_one(self, "path", "hub", "generator")
+        if self.text and self.template:
+            raise ValueError("give text or template, not both")
+        if self.generator and not self.documents:
+            raise ValueError("a generator needs documents")
+        if (self.documents or self.options) and not self.generator:
+            raise ValueError("documents and options go with generator")
+        if (self.hub or (self.path and not self.path.endswith(".txt"))) and not (self.text or self.template):
+            raise ValueError("name the column: text: COLUMN, or template: \"{column} …\"")
+        return self
+
+
+class Update(Strict):
+    """One entry of a lineage: continued pretraining on a corpus, or a version that exists already."""
+
+    path: str | None = None
+    """A given version: model directory with the same tensor names and shapes."""
+    hub: str | None = None
+    revision: str | None = None
+    corpus: str | None = None
+    method: Literal["lora", "full"] | None = None
+    rank: Count = 64
+    alpha: Rate | None = None
+    """LoRA alpha; default 2 x rank."""
+    targets: str | list[str] = "all-linear"
+    tokens: Count | None = None
+    """Tokens of each step."""
+    steps: Count = 1
+    """Chained updates on consecutive slices."""
+    sequence_length: Count = 256
+    learning_rate: Rate | None = None
+    """Peak; default 2e-4 for lora, 2e-5 for full."""
+    batch: Count = 16
+    """Packed sequences of a global batch."""
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    dtype: Dtype = "float32"
+
+    @property
+    def given(self) -> bool:
+        """Whether the version exists already."""
+        return bool(self.path or self.hub)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Update":
+        _exactly_one(self, "path", "hub", "corpus")
+        if self.given:
+            extra = sorted(self.model_fields_set - {"path", "hub", "revision"})
+            if extra:
+                raise ValueError(f"a given version takes no {', '.join(extra)}")
+        elif missing := [f for f in ("method", "tokens") if getattr(self, f) is None]:
+            raise ValueError(f"an update needs {' and '.join(missing)}")
+        return self
+
+
+class Lineage(Strict):
+    """A model and its ordered updates."""
+
+    model: str
+    updates: list[Update] = []
+    seeds: list[Seed] = Field([0], min_length=1)
+    """Seeds of the updates: one lineage for each."""
+
+
+class Task(Strict):
+    """An lm-eval task."""
+
+    task: str
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Default: the task's own."""
+    limit: Count | None = None
+    """First documents only."""
+    include_path: str | None = None
+    """Directory with a task YAML of your own."""
+    finetune: FinetuneChange | None = None
+
+
+class Patch(Strict):
+    """An adapter that exists already."""
+
+    path: str
+    model: str | None = None
+    """Model it was trained on; default: every model of the study."""
+
+
+class EvaluateSettings(Strict):
+    """How cells are scored."""
+
+    apply: Annotated[list[ApplyMode], BeforeValidator(_listed), Field(min_length=1)] = ["merged"]
+    dtype: Dtype = "float32"
+    score_tokens: Count = 4096
+    """Token budget of a scoring batch. Part of the recipe: composition moves last bits."""
+
+
+class StageResources(Strict):
+    """Resources of one stage; never part of a key."""
+
+    workers: Count = 1
+    threads: Count = 1
+    gpus: Annotated[int, Field(ge=0, strict=True)] = 0
+    zero: Literal[0, 1, 2, 3] | None = None
+    micro_batch: Count | None = None
+    gradient_checkpointing: bool = False
+    offload: bool = False
+
+
+class Resources(Strict):
+    """Resources by stage."""
+
+    base: StageResources = StageResources()
+    update: StageResources = StageResources()
+    finetune: StageResources = StageResources()
+    evaluate: StageResources = StageResources()
+
+    @model_validator(mode="after")
+    def _evaluators_are_single(self) -> "Resources":
+        if self.evaluate.workers != 1 or self.base.workers != 1:
+            raise ValueError("workers is for update and finetune; evaluators are as many as the cluster holds")
+        return self
+
+
+class Tracking(Strict):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """Default: MLFLOW_TRACKING_URI, else SQLite in the store."""
+    experiment: str | None = None
+    """Default: the study's name."""
+
+
+class ExportChoice(Strict):
+    """Merged models wanted on disk: every planned coordinate that matches."""
+
+    lineage: str | None = None
+    t: Annotated[int, Field(ge=0)] | None = None
+    task: str | None = None
+    arm: Arm | None = None
+    rank: Count | None = None
+    seed: Seed | None = None
+
+
+class ReportSettings(Strict):
+    """How the report decides."""
+
+    margin: float = Field(0.01, gt=0, lt=1)
+    """Accuracy a port may lose against a refit and still count as equal."""
+
+
+class Study(Strict):
+    """A study file."""
+
+    name: Name
+    store: str | None = None
+    """Directory of results; default ./portllm-store, `--store` and PORTLLM_STORE come first."""
+    data_root: str | None = None
+    """DIR/<task>/{train,validation}.parquet replaces the hub's data."""
+    models: dict[Name, Model] = Field(min_length=1)
+    corpora: dict[Name, Corpus] = {}
+    lineages: dict[Name, Lineage] = Field(min_length=1)
+    tasks: Annotated[list[Annotated[Task, BeforeValidator(lambda v: {"task": v} if isinstance(v, str) else v)]],
+                     Field(min_length=1)]
+    patches: dict[str, Annotated[list[Annotated[Patch, BeforeValidator(
+        lambda v: {"path": v} if isinstance(v, str) else v)]], BeforeValidator(_listed)]] = {}
+    """Adapters that exist already, by task; arm `port` uses them instead of training."""
+    finetune: Finetune | None = None
+    arms: list[Arm] = Field(["none", "port", "refit"], min_length=1)
+    evaluate: EvaluateSettings = EvaluateSettings()
+    resources: Resources = Resources()
+    tracking: Tracking = Tracking()
+    export: list[ExportChoice] = []
+    report: ReportSettings = ReportSettings()
+
+
+def _exactly_one(value: BaseModel, *names: str) -> None:
+    given = [n for n in names if getattr(value, n) is not None]
+    if len(given) != 1:
+        found = f"; found {' and '.join(given)}" if given else ""
+        raise ValueError(f"give exactly one of {', '.join(names)}{found}")
+
+
+def load(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Study, Document]:
+    """Validate a study file; raises SpecError that names file, line and field."""
+    document = override(parse(text, name), overrides)
+    try:
+        study = Study.model_validate(document.data)
+    except ValidationError as error:
+        raise SpecError("\n".join(_message(e, document) for e in error.errors()[:8])) from None
+    _check_names(study, document)
+    return study, document
+
+
+def _message(error: Any, document: Document) -> str:
+    location = tuple(p for p in error["loc"] if isinstance(p, int) or not _is_noise(p))
+    if error["type"] == "extra_forbidden":
+        close = _did_you_mean(str(location[-1]), _siblings(location))
+        return f"{document.where(location)}: unknown key{close}"
+    text = str(error["msg"]).removeprefix("Value error, ")
+    shown = error.get("input")
+    given = f" (found {shown!r})" if isinstance(shown, (str, int, float, bool)) or shown is None else ""
+    return f"{document.where(location)}: {text[0].lower()}{text[1:]}{given if error['type'] != 'missing' else ''}"
+
+
+def _is_noise(part: str) -> bool:
+    return part.startswith(("function-", "list[", "constrained-", "nullable", "union"))
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(sorted(known))}" if known else ""
+
+
+def _siblings(location: Location) -> list[str]:
+    """Field names of the model that holds a location."""
+    kind: Any = Study
+    for part in location[:-1]:
+        kind = _inside(kind, part)
+        if kind is None:
+            return []
+    return list(kind.model_fields)
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    """The model class found at `part` of a model class, through lists, dictionaries and optional values."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+        return _model_in(kind.model_fields[str(part)].annotation)
+    return kind
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+    return None
+
+
+def _check_names(study: Study, document: Document) -> None:
+    """Names that point at other parts of the study."""
+    for name, model in study.models.items():
+        if model.init:
+            _known(model.init.corpus, study.corpora, ("models", name, "init", "corpus"), document)
+    for name, lineage in study.lineages.items():
+        _known(lineage.model, study.models, ("lineages", name, "model"), document)
+        for i, update in enumerate(lineage.updates):
+            if update.corpus is not None:
+                _known(update.corpus, study.corpora, ("lineages", name, "updates", i, "corpus"), document)
+    _check_tasks(study, document)
+
+
+def _check_tasks(study: Study, document: Document) -> None:
+    names = [t.task for t in study.tasks]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise SpecError(f"{document.where(('tasks', i))}: task `{name}` stands twice")
+    for task, patches in study.patches.items():
+        _known(task, names, ("patches", task), document)
+        for i, patch in enumerate(patches):
+            if patch.model is not None:
+                _known(patch.model, study.models, ("patches", task, i, "model"), document)
+    if len(set(study.arms)) != len(study.arms):
+        raise SpecError(f"{document.where(('arms',))}: an arm stands twice")
+    trained = "refit" in study.arms or ("port" in study.arms and set(names) - set(study.patches))
+    if trained and study.finetune is None:
+        raise SpecError(f"{document.where(('finetune',))}: arms port and refit train patches: give finetune")
+
+
+def _known(word: str, known: Any, location: Location, document: Document) -> None:
+    if word not in known:
+        raise SpecError(f"{document.where(location)}: `{word}` is not defined{_did_you_mean(word, list(known))}")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a study file, for editors."""
+    schema = Study.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "portllm study"
+    return schema

@@ -1,0 +1,168 @@
+"""θ₀ as a model directory: initialised and pretrained here, fetched from the hub, or dequantised from a GGUF file."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portllm.errors import StageError
+from portllm.formats.text import documents
+from portllm.study.recipes import Base, Optimization, Text
+from portllm.work.batches import packed, update_batches
+from portllm.work.context import RunContext, Summary
+from portllm.work.corpora import tokenise, without
+from portllm.work.lora import check_saved
+from portllm.work.training import seed_everything, train
+
+SHARD = "2GB"
+"""Largest weight file."""
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+WORDS = r" ?[\p{L}\p{N}']+| ?[^\s\p{L}\p{N}']+|\s+(?!\S)|\s+"
+"""A word, or a run of punctuation, takes the blank before it: a text is the concatenation of its words, and the words of
+context + continuation are those of the context, then those of the continuation."""
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def base(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """Stage `base`: a model directory with tokenizer and generation config."""
+    makers = {"init": initialise, "hub": fetch, "gguf": dequantise}
+    return makers[recipe.source](recipe, inputs, out, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------- init
+
+
+def initialise(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """A tokenizer trained on the text, and a model pretrained on it from a seeded start."""
+    _, optimization = required(recipe)
+    tokenizer = train_tokenizer(recipe, (document for _, document in kept(recipe, inputs)))
+    model = fresh_model(recipe, tokenizer, optimization)
+    ledger = pretrain(recipe, model, tokenizer, inputs, out, run)
+    if run.rank == 0:
+        tokenizer.save_pretrained(out)
+        save(model, out)
+    return ledger | {"vocabulary": len(tokenizer)}
+
+
+def required(recipe: Base) -> tuple[Text, Optimization]:
+    if recipe.text is None or recipe.optimization is None or recipe.model_type is None:
+        raise StageError("`init` needs an architecture (`model_type`), a corpus (`text`) and an `optimization`")
+    return recipe.text, recipe.optimization
+
+
+def train_tokenizer(recipe: Base, texts: Iterator[str]) -> Any:
+    """A fast tokenizer with at most `vocabulary` tokens that AutoTokenizer loads; it adds no special token by itself."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex as Pattern
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(SPECIAL.values())
+    if recipe.tokenizer == "word":
+        inner = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
+        # The first word gets a blank like every other, unless the text begins with white space already.
+        blank = [normalizers.Prepend(" "), normalizers.Replace(Pattern(r"^ (?=\s)"), "")]
+        inner.normalizer = normalizers.Sequence(blank)
+        inner.pre_tokenizer = pre_tokenizers.Split(Pattern(WORDS), "isolated")
+        inner.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        trainer: Any = trainers.WordLevelTrainer(vocab_size=recipe.vocabulary, special_tokens=special, show_progress=False)
+    else:
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=recipe.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    inner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def fresh_model(recipe: Base, tokenizer: Any, optimization: Optimization) -> Any:
+    """The architecture with seeded initial weights, in the dtype of the training."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    options = {"vocab_size": len(tokenizer), **ids, **recipe.config}
+    try:
+        config = AutoConfig.for_model(recipe.model_type, **options)
+        seed_everything(optimization.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StageError(f"no model of type `{recipe.model_type}` can be made from `config`: {error}") from error
+
+
+def pretrain(
+    recipe: Base, model: Any, tokenizer: Any, inputs: Mapping[str, Path], out: Path, run: RunContext
+) -> Summary:
+    """Trains all weights on the first `tokens` tokens of the shuffled text; the model ends in the storage dtype."""
+    text, optimization = required(recipe)
+    storage = getattr(torch, recipe.storage)
+    if recipe.tokens == 0:
+        model.to(storage)
+        return {"tokens": 0}
+    run.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run.scratch) as directory:
+        tokenise(kept(recipe, inputs), tokenizer, text.seed, Path(directory), run.scratch)
+        data = packed(Path(directory), 0, recipe.tokens, recipe.sequence_length)
+        batches = update_batches(len(data), optimization.batch, optimization.seed)
+        return train(model.to(run.device), data, batches, optimization, "full", run, out, storage)
+
+
+def kept(recipe: Base, inputs: Mapping[str, Path]) -> Iterator[tuple[int, str]]:
+    """The text's documents without the excluded ones, with their row numbers."""
+    numbered = enumerate(documents(required(recipe)[0], inputs.get("source")))
+    return iter(without(numbered, frozenset(recipe.excluded), frozenset(), []))
+
+
+def save(model: Any, out: Path) -> None:
+    """Weights in shards, config and generation config; refuses an empty or non-finite tensor."""
+    model.save_pretrained(out, max_shard_size=SHARD)
+    for file in out.glob("*.safetensors"):
+        check_saved(file)
+
+
+# --------------------------------------------------------------------------------------------------------- hub and GGUF
+
+
+def fetch(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """A snapshot of a hub repository at one commit: safetensors, configuration, tokenizer."""
+    import shutil
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if recipe.hub is None or recipe.revision is None:
+        raise StageError("a model from the hub needs its id and the full commit sha (`portllm lock` finds it)")
+    # consolidated*: a second copy of the weights in another naming, as Mistral publishes them.
+    files: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": ["consolidated*", "*/*"]}
+    try:
+        snapshot_download(recipe.hub, revision=recipe.revision, local_dir=out, **files)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise StageError(
+            f"`{recipe.hub}` at {recipe.revision} cannot be fetched: {error}. Check the network, HF_TOKEN for a gated "
+            f"model, and HF_HUB_OFFLINE; or fetch it elsewhere and give its directory as `path`"
+        ) from error
+    shutil.rmtree(out / ".cache", ignore_errors=True)
+    if not any(out.glob("*.safetensors")):
+        raise StageError(f"`{recipe.hub}` at {recipe.revision} holds no safetensors weights: choose a revision with them")
+    return {"bytes": sum(f.stat().st_size for f in out.iterdir())}
+
+
+def dequantise(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """A GGUF file's weights as a normal model, once: without `dequantize` transformers keeps them packed, unsaveable."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file, storage = inputs["source"], getattr(torch, recipe.storage)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        packing = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**place, quantization_config=packing, dtype=storage)
+    except ImportError as error:
+        raise StageError(f"reading {file.name} needs the package `gguf`: pip install gguf") from error
+    model.config.name_or_path = ""
+    tokenizer.save_pretrained(out)
+    save(model.to(storage), out)
+    return {"total_parameters": model.num_parameters()}

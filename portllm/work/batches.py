@@ -1,0 +1,155 @@
+"""Which sequences make which global batch, and how one rank reads its share: pure functions of recipe and seed.
+
+The order of a training: sequence ids → global batches (fixed by recipe and seed) → a rank's share (ids[rank::world]) →
+micro-batches → arrays. Only the first arrow may change a number; the others move rounding only.
+
+Shape suffixes: B sequences, T tokens of the longest, padded, N positions with a target.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from portllm.errors import StageError
+
+Batch = list[int]
+"""Ids of sequences."""
+
+PAD_MULTIPLE = 16
+"""Lengths are rounded up to it: each new shape costs the CPU anew (Gemma 3 270M: 300 tokens/s at random lengths, 600
+sorted and rounded)."""
+WINDOW = 50
+"""Batches within which examples are sorted by length."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences, as spans of one flat (memory-mapped) array."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    """int64 [n]: a sequence's first token."""
+    ends: np.ndarray
+    answers: np.ndarray
+    """int64 [n]: index within the sequence of its first target, at least 1 (a first token has nothing to predict it)."""
+    offsets: np.ndarray
+    """int64 [documents + 1]: where documents begin in `tokens`."""
+    documents: np.ndarray
+    """int64 [documents]: their names in logs and errors."""
+    limit: int | None = None
+    """Longest sequence the model reads; padding does not pass it."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.ends - self.starts
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Number of targets of each sequence."""
+        return self.lengths - self.answers
+
+    def documents_of(self, ids: Sequence[int]) -> list[int]:
+        """Names of the documents that the sequences touch, in order of the ids."""
+        return [int(d) for i in ids for d in self.documents[self._touched(i)]]
+
+    def _touched(self, i: int) -> slice:
+        first = int(np.searchsorted(self.offsets, self.starts[i], side="right")) - 1
+        return slice(first, int(np.searchsorted(self.offsets, self.ends[i], side="left")))
+
+
+def packed(corpus: Path, start: int, tokens: int, length: int) -> Sequences:
+    """Tokens [start, start + tokens) of a corpus as blocks of `length`; what is left over at the end is dropped.
+
+    Attention crosses the boundaries of documents inside a block, and positions run through it: EOS is all that parts
+    two documents. Every token of a block but its first is a target. Raises StageError when the corpus is too short.
+    """
+    flat, offsets = np.load(corpus / "tokens.npy", mmap_mode="r"), np.load(corpus / "offsets.npy")
+    if start + tokens > len(flat):
+        raise StageError(
+            f"the corpus has {len(flat):,} tokens, and tokens {start:,} to {start + tokens:,} are asked for: "
+            f"ask for fewer (`tokens`, or `steps` of the lineage), or give a longer corpus"
+        )
+    if tokens < length or length < 2:
+        raise StageError(f"{tokens:,} tokens do not fill one sequence of {length} tokens (`sequence_length`)")
+    starts = start + length * np.arange(tokens // length, dtype=np.int64)
+    return Sequences(flat, starts, starts + length, np.ones_like(starts), offsets, np.load(corpus / "rows.npy"), length)
+
+
+def examples(
+    tokens: np.ndarray, offsets: np.ndarray, answers: np.ndarray, documents: np.ndarray, limit: int | None
+) -> Sequences:
+    """Training examples as sequences; one longer than `limit` loses its beginning, as it does when it is evaluated."""
+    starts, ends = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
+    kept = starts if limit is None else np.maximum(starts, ends - limit)
+    first = np.maximum(answers - (kept - starts), 1)
+    return Sequences(tokens, kept, ends, first, offsets.astype(np.int64), documents, limit)
+
+
+def update_batches(count: int, batch: int, seed: int) -> list[Batch]:
+    """Every sequence once, in a seeded order; the last batch may be smaller."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [order[i : i + batch].tolist() for i in range(0, count, batch)]
+
+
+def finetune_batches(lengths: np.ndarray, batch: int, steps: int, seed: int, window: int = WINDOW) -> list[Batch]:
+    """`steps` full batches over seeded epochs.
+
+    Within a window of batches examples are sorted by length, so that a batch holds like lengths, and then the window's
+    batches are shuffled, so that a training does not go from short to long.
+    """
+    random = np.random.default_rng(seed)
+    needed, count = steps * batch, len(lengths)
+    stream = np.concatenate([random.permutation(count) for _ in range(ceil(needed / count))])[:needed]
+    batches: list[Batch] = []
+    for i in range(0, needed, window * batch):
+        part = stream[i : i + window * batch]
+        rows = part[np.argsort(lengths[part], kind="stable")].reshape(-1, batch)
+        batches += rows[random.permutation(len(rows))].tolist()
+    return batches
+
+
+def micro_batches(batch: Batch, rank: int, world: int, size: int, count: int) -> list[Batch]:
+    """A rank's share of a global batch in exactly `count` micro-batches of at most `size`; the last may be empty.
+
+    Every rank runs the same number of passes, whatever its share: DeepSpeed's collectives need it.
+    """
+    share = batch[rank::world]
+    return [share[i * size : (i + 1) * size] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """One forward pass."""
+
+    ids_BT: np.ndarray
+    """int64, padded with 0 on the right: attention is causal, so no token sees the padding and no mask is needed."""
+    rows_N: np.ndarray
+    """int64: positions in the flattened B·T that predict a target."""
+    targets_N: np.ndarray
+
+
+def collate(data: Sequences, ids: Batch) -> Arrays:
+    """The sequences as arrays. No ids give one short sequence without targets: a pass that adds nothing."""
+    if not ids:
+        return Arrays(np.zeros((1, 2), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    width = padded(max(int(data.lengths[i]) for i in ids), data.limit)
+    ids_BT = np.zeros((len(ids), width), np.int64)
+    rows, targets = [], []
+    for row, i in enumerate(ids):
+        tokens = data.tokens[data.starts[i] : data.ends[i]].astype(np.int64)
+        ids_BT[row, : len(tokens)] = tokens
+        rows.append(row * width + np.arange(data.answers[i] - 1, len(tokens) - 1))
+        targets.append(tokens[data.answers[i] :])
+    return Arrays(ids_BT, np.concatenate(rows), np.concatenate(targets))
+
+
+def padded(length: int, limit: int | None) -> int:
+    """Width of a batch whose longest sequence has `length` tokens."""
+    width = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    return length if limit is not None and width > limit else width

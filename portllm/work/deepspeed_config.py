@@ -1,0 +1,81 @@
+"""Recipe and layout → DeepSpeed's configuration: one pure function, without torch, so that `plan` can refuse early.
+
+What a number depends on (clipping, dtype) comes from the recipe; the rest from the layout, which moves rounding only.
+The optimizer is torch's AdamW, handed to `deepspeed.initialize` by the training loop: an AdamW named here would be
+FusedAdam, which DeepSpeed compiles at its first use.
+"""
+
+from math import ceil
+from typing import Any, Literal
+
+from portllm.errors import SpecError
+from portllm.study.recipes import Optimization
+from portllm.study.resources import Layout
+
+Trains = Literal["lora", "full"]
+"""What moves in a training."""
+
+BUCKET = 2**24
+"""Elements of a communication bucket: DeepSpeed's own 5e8 would hold 2 GB in fp32 for a model of any size."""
+
+
+def deepspeed_config(optimization: Optimization, layout: Layout, world: int, trains: Trains) -> dict[str, Any]:
+    """DeepSpeed's configuration for `world` ranks. Raises SpecError for a combination that cannot work."""
+    stage = zero_stage(layout, world, trains)
+    size = micro_batch(optimization.batch, layout, world)
+    return {
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": accumulation(optimization.batch, size, world),
+        "gradient_clipping": optimization.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero(stage, layout),
+        **({"zero_force_ds_cpu_optimizer": False} if layout.offload else {}),
+        **precision(optimization.dtype, stage),
+    }
+
+
+def zero_stage(layout: Layout, world: int, trains: Trains) -> int:
+    """The layout's ZeRO stage, or its default: 0 alone (1 with offload), else 2 for LoRA and 1 for full weights."""
+    if layout.zero is None:
+        if world == 1:
+            return 1 if layout.offload else 0
+        return 2 if trains == "lora" else 1
+    if layout.zero not in (0, 1, 2, 3):
+        raise SpecError(f"resources: `zero: {layout.zero}` is no ZeRO stage; there are 0, 1, 2 and 3")
+    if layout.zero == 3 and trains == "lora":
+        raise SpecError("resources: ZeRO-3 with LoRA can save empty adapters (peft #2892); set `zero: 2`, or leave it out")
+    if layout.zero == 0 and layout.offload:
+        raise SpecError("resources: `offload` needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
+    return layout.zero
+
+
+def micro_batch(batch: int, layout: Layout, world: int) -> int:
+    """Sequences per forward pass: the layout's, at most a rank's whole share of the global batch."""
+    share = ceil(batch / world)
+    if layout.micro_batch is not None and layout.micro_batch < 1:
+        raise SpecError(f"resources: `micro_batch: {layout.micro_batch}` must be at least 1")
+    return min(share, layout.micro_batch or share)
+
+
+def accumulation(batch: int, size: int, world: int) -> int:
+    """Forward passes per optimizer step and rank."""
+    return ceil(ceil(batch / world) / size)
+
+
+def zero(stage: int, layout: Layout) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        section |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if layout.offload:
+        section |= {"offload_optimizer": {"device": "cpu"}}
+    return section
+
+
+def precision(dtype: str, stage: int) -> dict[str, Any]:
+    """Compute dtype; DeepSpeed keeps fp32 masters of what trains. ZeRO-0 knows no fp32 sum of bf16 gradients."""
+    if dtype == "float16":
+        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}}
+    if dtype == "bfloat16":
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 0 else {}
+        return {"bf16": {"enabled": True, "check_grad_overflow": False}, **sums}
+    return {}

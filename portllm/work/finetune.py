@@ -1,0 +1,59 @@
+"""θₜ → Δθ: a LoRA patch trained on a task's examples, loss on the continuation only.
+
+A patch is a plain PEFT adapter directory; `provenance.json` beside it says what made it.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import StageError
+from portllm.study.keys import canonical
+from portllm.study.recipes import Finetune
+from portllm.work.batches import Batch, Sequences, examples, finetune_batches
+from portllm.work.context import RunContext, Summary
+from portllm.work.lora import attach, private_copy, save_adapter
+from portllm.work.requests import open_examples
+from portllm.work.training import train
+
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
+
+
+def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """Stage `finetune`: the patch in `out`. Raises StageError for targets that match nothing, or a bad loss or tensor."""
+    resident = run.open(inputs, recipe.optimization.dtype)
+    model = private_copy(resident.model, "lora")
+    data = read(inputs["examples"], model)
+    adapted = attach(model, recipe.lora, recipe.optimization.seed)
+    ledger = train(model, data, plan(recipe, data), recipe.optimization, "lora", run, out)
+    if run.rank == 0:
+        save_adapter(adapted, out)
+        write_provenance(recipe, ledger, out)
+    return ledger
+
+
+def read(path: Path, model: Any) -> Sequences:
+    """The examples, no longer than the model reads."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = open_examples(path)
+    if len(found.answers) == 0:
+        raise StageError("the task has no training example left: raise `examples`, or look at what was screened out")
+    return examples(found.tokens, found.offsets, found.answers, found.doc_ids, limit)
+
+
+def plan(recipe: Finetune, data: Sequences) -> list[Batch]:
+    """Global batches; epochs are rounded to whole optimizer steps."""
+    batch, seed = recipe.optimization.batch, recipe.optimization.seed
+    steps = recipe.steps or max(1, round((recipe.epochs or 1.0) * len(data) / batch))
+    return finetune_batches(data.lengths, batch, steps, seed)
+
+
+def write_provenance(recipe: Finetune, ledger: Summary, out: Path) -> None:
+    facts = {
+        "recipe": canonical(recipe),
+        "examples": ledger["examples"],
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")

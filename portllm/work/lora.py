@@ -1,0 +1,89 @@
+"""LoRA in training: attached to a private copy of a version, saved by PEFT, checked before they count."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from portllm.errors import StageError
+from portllm.study.recipes import Lora
+from portllm.work.deepspeed_config import Trains
+from portllm.work.training import seed_everything
+
+
+def private_copy(model: nn.Module, trains: Trains) -> Any:
+    """A copy of a resident model to train. Under LoRA it shares the memory of the weights, which stay frozen.
+
+    Weights that do not begin on a 64-byte boundary are copied: last bits of a product may depend on it, and a training
+    must not depend on how its version came into memory.
+    """
+    shared: dict[int, Any] = {}
+    if trains == "lora":
+        frozen = [p for p in model.parameters() if p.data_ptr() % 64 == 0]
+        shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen}
+    mine = copy.deepcopy(model, shared)
+    return mine.requires_grad_(trains == "full")
+
+
+def attach(model: nn.Module, lora: Lora, seed: int) -> Any:
+    """`model` as a PEFT model with a fresh LoRA, its initial values fixed by the seed alone.
+
+    Raises StageError for a target that matches no module.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="",
+    )
+    seed_everything(seed)
+    check_targets(model, lora.targets)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise StageError(f"LoRA targets {lora.targets!r} do not fit `{model.config.model_type}`: {error}") from error
+
+
+def check_targets(model: nn.Module, targets: str | tuple[str, ...]) -> None:
+    """PEFT is silent about a target that matches nothing as long as another matches."""
+    names = [name for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise StageError(f"LoRA target `{target}` matches no module; linear modules here: {', '.join(linear)}")
+
+
+def save_adapter(model: Any, out: Path) -> None:
+    """The adapter as PEFT writes it, without traces of this machine. Raises StageError for a tensor that is no use."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = ""
+    # save_embedding_layers: PEFT's "auto" asks the hub for the base model's config.
+    model.save_pretrained(out, safe_serialization=True, save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)
+    config_file = out / "adapter_config.json"
+    settings = json.loads(config_file.read_text())
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"].sort()  # a set in PEFT: its order changes from process to process
+    config_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    check_saved(out / "adapter_model.safetensors")
+
+
+def check_saved(path: Path) -> None:
+    """Every tensor of a file holds numbers, all of them finite (ZeRO-3 is known to save empty ones)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if not names:
+            raise StageError(f"{path.name} holds no tensor: nothing was trained")
+        for name in names:
+            tensor = file.get_tensor(name)
+            if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+                what = "is empty" if tensor.numel() == 0 else "holds a value that is not finite"
+                raise StageError(f"tensor `{name}` of {path.name} {what}: lower `learning_rate`, or use `zero: 2`")
