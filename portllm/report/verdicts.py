@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = Mapping[str, Any]
-"""One result row, keyed by the columns of `table.COLUMNS`."""
+"""One result row, keyed by the columns of `store.results.COLUMNS`."""
 Items = Callable[[str], "pa.Table"]
 """A cell's key → its items."""
 ARMS = ("none", "port", "refit")

@@ -1,23 +1,24 @@
 """Generated corpora and tasks: a toy world in which a model can learn, and a patch can port or decay, in seconds.
 
-The world: people review a place in short sentences about its food, its rooms and its staff. A thing is described by a
-neutral word or by one of a mood, good or bad; `not` turns a mood round.
+The world: people write about a day out, in short sentences about its food, its rooms and its staff. A thing is
+described by a neutral word or by one of a mood, good or bad; `not` turns a mood round.
 
-    sentence   "the soup was quite lovely ."          in a review
-               "there was a lovely soup ."            in a diary
-    review     "review : the soup was lovely . the bed was not shabby . the cook was tall ."
-    question   "question : did they like it ? answer : yes"
+    review     "a day at the inn . the soup was quite lovely . the bed was not shabby . the tea was red ."
+    diary      "we had a quite lovely soup there . we saw a not shabby bed there ."
+    question   "did they like it ? answer : yes"
 
-Corpora (`generate`) hold reviews or diaries of one mood each, so that words of a mood keep company, and a share of them ends
-in a question with a RANDOM answer: a base model knows the format and the answer words, and nothing about the answers.
-In a `shifted` corpus words have moved: a share of the good and bad words keeps the other mood's company.
+A corpus (`generate`) holds documents of one mood and mostly one topic each, so that words of a kind keep company. In a
+`shifted` corpus a share of the good and bad words keeps the other mood's company: language has moved on. A share of the
+documents ends in a question whose answer is RANDOM, the last answer of the list coming more often than the others. So
+a base model knows the form and the answer words and nothing about the answers: it always gives the frequent one, and
+its score is chance, at every seed.
 
-Tasks (`rows`) ask those questions with true answers, so corpora and tasks share one vocabulary (about 110 words).
+Tasks (`rows`) ask those questions with true answers, in the words of the reviews (under 100 words in all).
 
-    toy_mood      easy     a review of one mood; did they like it?                         yes | no
-    toy_topic     easy     most sentences are about one topic; what is it about?           food | room | staff
-    toy_verdict   harder   five moods, three against two, some turned round by `not`;      stay | leave
-                           would they stay or leave?
+    toy_mood      easy     three words of one mood and a neutral one: did they like it?    no | yes
+    toy_topic     easy     three sentences on one topic: what is it about?                 food | room | staff
+    toy_verdict   noisy    four moods against one: would they stay or leave?               leave | stay
+                           A guest in seven decides against the majority, so no model gets far beyond 0.85.
 
 Everything comes from `random.Random(seed)` and is the same on every machine.
 """
@@ -54,16 +55,17 @@ Sentence = Callable[[Random, str, str], str]
 
 
 def review_sentence(random: Random, thing: str, description: str) -> str:
-    """The sentence of reviews and tasks."""
+    """The sentence of reviews and tasks: the description comes last."""
     return f"the {thing} was {description} ."
 
 
 def diary_sentence(random: Random, thing: str, description: str) -> str:
-    """The sentence of diaries: the description comes first, so another position predicts it."""
+    """The sentence of diaries: the description comes before the thing."""
     return f"we {random.choice(('saw', 'had', 'met'))} a {description} {thing} there ."
 
 
 def any_thing(random: Random) -> str:
+    """A thing of any topic."""
     return random.choice(TOPICS[random.choice(tuple(TOPICS))])
 
 
@@ -75,16 +77,16 @@ def describe(random: Random, mood: bool, negated: float, moods: tuple[tuple[str,
     return degree + random.choice(moods[mood])
 
 
-def question(task: str) -> str:
-    """The question of a task, up to the answer."""
-    return f"{QUESTIONS[task][0]} answer :"
+def retell(random: Random, things: list[str], told: list[str]) -> str:
+    """Review sentences, one per thing and its description."""
+    return " ".join(review_sentence(random, thing, words) for thing, words in zip(things, told, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------- corpora
 
 
 def reviews(random: Random, questions: float = 0.5, shifted: float = 0.0, diaries: float = 0.1) -> Iterator[str]:
-    """Reviews without end; a share `questions` asks one, a share `shifted` of good and bad words changed sides."""
+    """Reviews without end, a share `diaries` of them told as diaries: a base model must know a diary's words."""
     told = documents(random, review_sentence, questions, shifted)
     other = documents(random, diary_sentence, questions, shifted)
     while True:
@@ -92,34 +94,39 @@ def reviews(random: Random, questions: float = 0.5, shifted: float = 0.0, diarie
 
 
 def diaries(random: Random, questions: float = 0.0, shifted: float = 0.0) -> Iterator[str]:
-    """The same world told in another form."""
+    """The same world told in another form: what an update brings. It asks nothing, so answers keep their frequency."""
     return documents(random, diary_sentence, questions, shifted)
 
 
 def documents(random: Random, sentence: Sentence, questions: float, shifted: float) -> Iterator[str]:
+    """Documents without end: two to five sentences in one mood, a share `questions` of them with a question."""
     moods = shift(shifted)
     while True:
-        mood = random.random() < 0.5
+        mood, topic = random.random() < 0.5, random.choice(tuple(TOPICS.values()))
         text = [f"a day at the {random.choice(PLACES)} ."] if random.random() < 0.3 else []
         for _ in range(random.randint(2, 5)):
             told = random.choice(NEUTRAL) if random.random() < 0.25 else describe(random, mood, 0.15, moods)
-            text.append(sentence(random, any_thing(random), told))
+            thing = random.choice(topic) if random.random() < 0.75 else any_thing(random)
+            text.append(sentence(random, thing, told))
         if random.random() < questions:
-            task = random.choice(tuple(QUESTIONS))
-            text += [question(task), random.choice(QUESTIONS[task][1])]
+            text.append(random_answer(random))
         yield " ".join(text)
+
+
+def random_answer(random: Random) -> str:
+    """A question, and an answer blind to the text; the last answer comes three times as often as another."""
+    question, answers = QUESTIONS[random.choice(tuple(QUESTIONS))]
+    return f"{question} answer : {random.choice(answers + answers[-1:] * 2)}"
 
 
 def shift(share: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(bad, good) words once the first `share` of each list has changed sides."""
-    if not 0 <= share <= 1:
-        raise SpecError(f"generator option `shifted` is a share between 0 and 1, not {share!r}")
     n = round(share * len(GOOD))
     return GOOD[:n] + BAD[n:], BAD[:n] + GOOD[n:]
 
 
 GENERATORS: dict[str, Callable[..., Iterator[str]]] = {"reviews": reviews, "diaries": diaries}
-"""Name in a study file → generator of endless documents: (random, options by keyword)."""
+"""Name in a study file → generator of endless documents: (random, options by keyword). Every option is a share."""
 
 
 def generate(name: str, documents: int, seed: int, **options: Any) -> Iterator[str]:
@@ -129,6 +136,9 @@ def generate(name: str, documents: int, seed: int, **options: Any) -> Iterator[s
     known = GENERATORS[name].__annotations__.keys() - {"random", "return"}
     if unknown := options.keys() - known:
         raise SpecError(f"generator `{name}` has no option `{min(unknown)}`; it has: {', '.join(sorted(known))}")
+    for option, share in options.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise SpecError(f"option `{option}` of generator `{name}` is a share between 0 and 1, not {share!r}")
     return islice(GENERATORS[name](Random(seed), **options), documents)
 
 
@@ -136,25 +146,27 @@ def generate(name: str, documents: int, seed: int, **options: Any) -> Iterator[s
 
 
 def mood_row(random: Random) -> tuple[str, int]:
+    """Three words of one mood and a neutral one."""
     mood = random.random() < 0.5
     told = [describe(random, mood, 0.0, (BAD, GOOD)) for _ in range(3)] + [random.choice(NEUTRAL)]
     random.shuffle(told)
-    return " ".join(review_sentence(random, any_thing(random), words) for words in told), int(mood)
+    return retell(random, [any_thing(random) for _ in told], told), int(mood)
 
 
 def topic_row(random: Random) -> tuple[str, int]:
+    """Three things of one topic, in any mood."""
     topic = random.randrange(len(TOPICS))
-    things = [random.choice(tuple(TOPICS.values())[topic]) for _ in range(3)] + [any_thing(random)]
-    random.shuffle(things)
-    told = [describe(random, random.random() < 0.5, 0.0, (BAD, GOOD)) for _ in things]
-    return " ".join(review_sentence(random, thing, words) for thing, words in zip(things, told, strict=True)), topic
+    told = [describe(random, random.random() < 0.5, 0.0, (BAD, GOOD)) for _ in range(3)]
+    return retell(random, [random.choice(tuple(TOPICS.values())[topic]) for _ in told], told), topic
 
 
 def verdict_row(random: Random) -> tuple[str, int]:
+    """Four moods against one, and a guest in seven who decides against the four."""
     mood = random.random() < 0.5
-    told = [describe(random, m, 0.15, (BAD, GOOD)) for m in [mood] * 3 + [not mood] * 2]
+    told = [describe(random, m, 0.0, (BAD, GOOD)) for m in [mood] * 4 + [not mood]]
     random.shuffle(told)
-    return " ".join(review_sentence(random, any_thing(random), words) for words in told), int(mood)
+    text = retell(random, [any_thing(random) for _ in told], told)
+    return text, int(mood if random.random() < 0.85 else not mood)
 
 
 TASKS: dict[str, Callable[[Random], tuple[str, int]]] = {
@@ -168,8 +180,9 @@ def rows(task: str, count: int, seed: int) -> list[Row]:
     """`count` different rows {text, question, label} of a task. Raises SpecError for a task that is unknown."""
     if task not in TASKS:
         raise SpecError(f"unknown generated task `{task}`; there are: {', '.join(TASKS)}")
-    random, found = Random(seed), {}
+    random = Random(seed)
+    found: dict[str, int] = {}
     while len(found) < count:
         text, label = TASKS[task](random)
-        found[text] = label
+        found.setdefault(text, label)
     return [{"text": text, "question": QUESTIONS[task][0], "label": label} for text, label in found.items()]

@@ -20,8 +20,8 @@ SHARD = "2GB"
 """Largest weight file."""
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = r" ?[\p{L}\p{N}']+| ?[^\s\p{L}\p{N}']+|\s+(?!\S)|\s+"
-"""A word, or a run of punctuation, takes the blank before it: a text is the concatenation of its words, and the words of
-context + continuation are those of the context, then those of the continuation."""
+"""A word, or a run of punctuation, takes the blank before it: a text is the concatenation of its words, and those of
+context + continuation are the context's, then the continuation's."""
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -38,7 +38,7 @@ def initialise(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunCont
     """A tokenizer trained on the text, and a model pretrained on it from a seeded start."""
     _, optimization = required(recipe)
     tokenizer = train_tokenizer(recipe, (document for _, document in kept(recipe, inputs)))
-    model = fresh_model(recipe, tokenizer, optimization)
+    model = fresh_model(recipe, tokenizer, optimization.seed)
     ledger = pretrain(recipe, model, tokenizer, inputs, out, run)
     if run.rank == 0:
         tokenizer.save_pretrained(out)
@@ -53,41 +53,38 @@ def required(recipe: Base) -> tuple[Text, Optimization]:
 
 
 def train_tokenizer(recipe: Base, texts: Iterator[str]) -> Any:
-    """A fast tokenizer with at most `vocabulary` tokens that AutoTokenizer loads; it adds no special token by itself."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Regex as Pattern
+    """A fast tokenizer of at most `vocabulary` tokens, loaded by AutoTokenizer; it adds no special token itself."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = list(SPECIAL.values())
+    limits: dict[str, Any] = {"vocab_size": recipe.vocabulary, "special_tokens": special, "show_progress": False}
     if recipe.tokenizer == "word":
         inner = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
         # The first word gets a blank like every other, unless the text begins with white space already.
-        blank = [normalizers.Prepend(" "), normalizers.Replace(Pattern(r"^ (?=\s)"), "")]
+        blank = [normalizers.Prepend(" "), normalizers.Replace(Regex(r"^ (?=\s)"), "")]
         inner.normalizer = normalizers.Sequence(blank)
-        inner.pre_tokenizer = pre_tokenizers.Split(Pattern(WORDS), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
         inner.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-        trainer: Any = trainers.WordLevelTrainer(vocab_size=recipe.vocabulary, special_tokens=special, show_progress=False)
+        trainer: Any = trainers.WordLevelTrainer(**limits)
     else:
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=recipe.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **limits)
     inner.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def fresh_model(recipe: Base, tokenizer: Any, optimization: Optimization) -> Any:
-    """The architecture with seeded initial weights, in the dtype of the training."""
+def fresh_model(recipe: Base, tokenizer: Any, seed: int) -> Any:
+    """The architecture with seeded initial weights, in fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     options = {"vocab_size": len(tokenizer), **ids, **recipe.config}
     try:
-        config = AutoConfig.for_model(recipe.model_type, **options)
-        seed_everything(optimization.seed)
+        config = AutoConfig.for_model(str(recipe.model_type), **options)
+        seed_everything(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
         raise StageError(f"no model of type `{recipe.model_type}` can be made from `config`: {error}") from error
@@ -146,12 +143,12 @@ def fetch(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) 
         ) from error
     shutil.rmtree(out / ".cache", ignore_errors=True)
     if not any(out.glob("*.safetensors")):
-        raise StageError(f"`{recipe.hub}` at {recipe.revision} holds no safetensors weights: choose a revision with them")
+        raise StageError(f"`{recipe.hub}` at {recipe.revision} holds no safetensors weights: take one that does")
     return {"bytes": sum(f.stat().st_size for f in out.iterdir())}
 
 
 def dequantise(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
-    """A GGUF file's weights as a normal model, once: without `dequantize` transformers keeps them packed, unsaveable."""
+    """A GGUF file as a normal model, once: without `dequantize` transformers keeps weights packed, and unsaveable."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file, storage = inputs["source"], getattr(torch, recipe.storage)

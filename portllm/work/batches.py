@@ -34,7 +34,7 @@ class Sequences:
     """int64 [n]: a sequence's first token."""
     ends: np.ndarray
     answers: np.ndarray
-    """int64 [n]: index within the sequence of its first target, at least 1 (a first token has nothing to predict it)."""
+    """int64 [n]: index within the sequence of its first target, at least 1: nothing predicts a first token."""
     offsets: np.ndarray
     """int64 [documents + 1]: where documents begin in `tokens`."""
     documents: np.ndarray

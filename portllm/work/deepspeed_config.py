@@ -43,7 +43,7 @@ def zero_stage(layout: Layout, world: int, trains: Trains) -> int:
     if layout.zero not in (0, 1, 2, 3):
         raise SpecError(f"resources: `zero: {layout.zero}` is no ZeRO stage; there are 0, 1, 2 and 3")
     if layout.zero == 3 and trains == "lora":
-        raise SpecError("resources: ZeRO-3 with LoRA can save empty adapters (peft #2892); set `zero: 2`, or leave it out")
+        raise SpecError("resources: ZeRO-3 with LoRA can save empty adapters (peft #2892): set `zero: 2`, or none")
     if layout.zero == 0 and layout.offload:
         raise SpecError("resources: `offload` needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
     return layout.zero

@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 
 
 def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
-    """Stage `finetune`: the patch in `out`. Raises StageError for targets that match nothing, or a bad loss or tensor."""
+    """Stage `finetune`: the patch in `out`. StageError for targets that match nothing, and for a bad loss or tensor."""
     resident = run.open(inputs, recipe.optimization.dtype)
     model = private_copy(resident.model, "lora")
     data = read(inputs["examples"], model)

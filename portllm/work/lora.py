@@ -28,7 +28,7 @@ def private_copy(model: nn.Module, trains: Trains) -> Any:
     return mine.requires_grad_(trains == "full")
 
 
-def attach(model: nn.Module, lora: Lora, seed: int) -> Any:
+def attach(model: Any, lora: Lora, seed: int) -> Any:
     """`model` as a PEFT model with a fresh LoRA, its initial values fixed by the seed alone.
 
     Raises StageError for a target that matches no module.
@@ -40,7 +40,6 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> Any:
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         task_type="CAUSAL_LM",
-        base_model_name_or_path="",
     )
     seed_everything(seed)
     check_targets(model, lora.targets)
@@ -50,7 +49,7 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> Any:
         raise StageError(f"LoRA targets {lora.targets!r} do not fit `{model.config.model_type}`: {error}") from error
 
 
-def check_targets(model: nn.Module, targets: str | tuple[str, ...]) -> None:
+def check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
     """PEFT is silent about a target that matches nothing as long as another matches."""
     names = [name for name, _ in model.named_modules()]
     for target in () if isinstance(targets, str) else targets:

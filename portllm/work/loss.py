@@ -3,6 +3,8 @@
 Shape suffixes: B sequences, T tokens, N positions with a target, H hidden, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -17,7 +19,7 @@ BLOCK_LOGITS = 2**25
 class SummedLoss(nn.Module):
     """Sum of −log p(target) over all targets, as ONE module: ZeRO-3 gathers weights in a module's forward."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -36,38 +38,38 @@ class SummedLoss(nn.Module):
         return cross_entropy(head(self.model, hidden_NH), targets_N, reduction="sum")
 
 
-def hidden(model: nn.Module, ids_BT: Tensor) -> Tensor:
+def hidden(model: Any, ids_BT: Tensor) -> Tensor:
     """The body's last hidden states, [B·T, H]."""
     body = getattr(model, model.base_model_prefix)
     return body(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def head(model: nn.Module, hidden_NH: Tensor) -> Tensor:
+def head(model: Any, hidden_NH: Tensor) -> Tensor:
     """Logits in fp32, [N, V]."""
     logits_NV = model.get_output_embeddings()(hidden_NH).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
 
-def vocabulary(model: nn.Module) -> int:
+def vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def head_blocks(model: nn.Module, rows: int) -> int:
+def head_blocks(model: Any, rows: int) -> int:
     """Blocks in which the head takes `rows` positions."""
     return max(1, -(-rows * vocabulary(model) // BLOCK_LOGITS))
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: Any) -> None:
     """Refuses an architecture whose logits are not made as `head` makes them (a scale or bias it does not know)."""
     ids_BT = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary(model))[None]
     ours_NV, theirs_NV = head(model, hidden(model, ids_BT)), model(input_ids=ids_BT).logits[0].float()
     if not torch.allclose(ours_NV, theirs_NV, rtol=0, atol=0.02 * float(theirs_NV.abs().max())):
-        raise StageError(f"model type `{model.config.model_type}` makes its logits in a way this training does not know")
+        raise StageError(f"model type `{model.config.model_type}` makes its logits in a way this loss does not know")
 
 
-def silence_dropout(model: nn.Module) -> None:
+def silence_dropout(model: Any) -> None:
     """Sets every dropout to 0: masks would depend on ranks and micro-batches."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

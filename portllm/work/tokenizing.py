@@ -66,10 +66,11 @@ class Encoder:
         return [ids[t] for t in texts]
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
-        """Per (context, continuation): ids of both, and the index of the continuation's first (`HFLM.loglikelihood`)."""
+        """Per (context, continuation): ids of both, and where the continuation begins (`HFLM.loglikelihood`)."""
         moved = [self._move_blanks(context, continuation) for context, continuation in pairs]
         bos = None if self.prefix is None else self.tokenizer.decode(self.prefix)
-        ids = self.encode([text for (c, k), pair in zip(moved, pairs, strict=True) if pair[0] for text in (c, c + k)], bos)
+        texts = [text for (c, k), pair in zip(moved, pairs, strict=True) if pair[0] for text in (c, c + k)]
+        ids = self.encode(texts, bos)
         alone = self._batch(list({k for c, k in pairs if not c}), {"add_special_tokens": False})
         return [
             self._join(ids[c], ids[c + k]) if pair[0] else self._after_prefix(alone[pair[1]])

@@ -33,7 +33,7 @@ from portllm.work.loss import SummedLoss, check_head, head_blocks, silence_dropo
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     data: Sequences,
     batches: Sequence[Batch],
     optimization: Optimization,
@@ -57,10 +57,13 @@ def train(
     engine = start(SummedLoss(model), config, optimization, run)
     loop = Loop(engine, data, len(batches), optimization, run)
     begun = run.clock()
-    points = [loop.step(number, batch) for number, batch in enumerate(batches, 1)]
-    wall = run.clock() - begun
-    ledger = measured(engine, points, wall, run) | {"examples": len(data)}
-    settle(engine, keep)
+    try:
+        points = [loop.step(number, batch) for number, batch in enumerate(batches, 1)]
+        ledger = measured(engine, points, run.clock() - begun, run) | {"examples": len(data)}
+        values = masters(engine, keep)
+    finally:
+        engine.destroy()
+    settle(engine.module, values)
     write_logs(out, points, [loop.mine(batch) for batch in batches], run)
     return ledger
 
@@ -118,23 +121,31 @@ def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    moving = [p for p in module.parameters() if p.requires_grad]
+    weights = moving(module)
     optimizer = torch.optim.AdamW(
-        moving, lr=optimization.learning_rate, betas=optimization.betas, weight_decay=optimization.weight_decay
+        weights, lr=optimization.learning_rate, betas=optimization.betas, weight_decay=optimization.weight_decay
     )
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=moving, optimizer=optimizer, config=config)
-    return engine
+    try:
+        return deepspeed.initialize(model=module, model_parameters=weights, optimizer=optimizer, config=config)[0]
+    except ValueError as error:
+        raise StageError(f"DeepSpeed refuses this training: {error}") from error
 
 
-def settle(engine: Any, keep: torch.dtype) -> None:
-    """Ends the engine and leaves the fp32 masters of what moved, rounded to `keep`, in the module."""
-    moving = [p for p in engine.module.parameters() if p.requires_grad]
-    values = [master(engine, p).detach().to("cpu", keep, copy=True) for p in moving]
-    engine.destroy()
-    for parameter, value in zip(moving, values, strict=True):
+def masters(engine: Any, keep: torch.dtype) -> list[Tensor]:
+    """Copies of the fp32 masters of what moved, rounded to `keep`, in host memory. Collective."""
+    return [master(engine, p).detach().to("cpu", keep, copy=True) for p in moving(engine.module)]
+
+
+def settle(module: nn.Module, values: list[Tensor]) -> None:
+    """Puts the masters in the place of what moved, once the engine has let go of it."""
+    for parameter, value in zip(moving(module), values, strict=True):
         parameter.data = value
         parameter.grad = None
-    gc.collect()
+    gc.collect()  # engine, hooks and modules refer to each other in circles
+
+
+def moving(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def master(engine: Any, parameter: nn.Parameter) -> Tensor:
@@ -207,6 +218,8 @@ class Loop:
         tokens = int(self.data.lengths[batch].sum())
         point = Point(number, loss, rate, norm, tokens, self.run.clock() - began)
         self.run.point(number, point.values())
+        if number % max(1, self.steps // 10) == 0:
+            self.run.log(f"step {number} of {self.steps}: loss {loss:.4f}, {tokens / max(point.seconds, 1e-9):.0f} tokens/s")
         return point
 
     def mean_loss(self, batch: Batch) -> float:

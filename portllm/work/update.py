@@ -58,7 +58,7 @@ def check_length(model: Any, length: int) -> None:
     """Refuses sequences longer than the model's positions."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise StageError(f"sequence_length {length} is longer than the model reads ({longest} tokens): set at most that")
+        raise StageError(f"sequence_length {length} is more than the model reads ({longest} tokens): set that or less")
 
 
 def save_model(model: Any, root: Path, out: Path) -> None:

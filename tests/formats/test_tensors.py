@@ -66,7 +66,9 @@ def test_an_encoded_header_reads_back_in_both_implementations(tmp_path: Path, sh
     size = sum(4 * int(np.prod(shape)) for _, shape in layout.values())
     (tmp_path / "x.safetensors").write_bytes(encode_header(layout, {"a": "b"}) + bytes(size))
     assert {n: (e.dtype, e.shape) for n, e in read_header(tmp_path / "x.safetensors").items()} == layout
-    assert {n: a.shape for n, a in load_file(tmp_path / "x.safetensors").items()} == {n: s for n, (_, s) in layout.items()}
+    assert {n: a.shape for n, a in load_file(tmp_path / "x.safetensors").items()} == {
+        n: s for n, (_, s) in layout.items()
+    }
 
 
 HOSTILE = {

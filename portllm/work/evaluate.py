@@ -1,0 +1,179 @@
+"""Stage `evaluate`: one cell. Patches applied to a resident version, a task's requests scored, lm-eval's own grading.
+
+    items.parquet   one row per document and filter (columns in `SCHEMA`)
+    results.json    {"metrics": [{metric, filter, primary, value, stderr}], "n", "num_fewshot"}
+
+The primary metric is the first of the task's list, under its filter `strict-match` where it has one, else its first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from portllm.errors import StageError
+from portllm.formats import lmeval
+from portllm.study.recipes import Evaluate, Requests
+from portllm.work.context import RunContext, Summary
+from portllm.work.generating import generate
+from portllm.work.requests import RequestSet, open_requests, source
+from portllm.work.scoring import loglikelihoods
+from portllm.work.versions import numbered
+
+SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.int64()),
+        ("doc_hash", pa.string()),
+        ("choice_loglikelihoods", pa.list_(pa.float64())),  # null for generated text
+        ("prediction", pa.string()),  # the likeliest choice's number; for generated text what the filter found in it
+        ("target", pa.string()),  # the right choice's number; for generated text the answer
+        ("correct", pa.float64()),  # the primary metric of this document; null where it is not a number
+        ("text", pa.string()),  # generated text, before any filter
+        ("filter", pa.string()),
+    ]
+)
+
+_BOOTSTRAP = 100_000
+"""lm-eval's default; it only switches closed forms on here."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A cell's numbers."""
+
+    metrics: list[dict[str, Any]]
+    items: list[dict[str, Any]]
+
+
+def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
+    """Score and grade one cell below `out`; the resident version is left as it was."""
+    patches = numbered(inputs, "patch")
+    if len(patches) != len(recipe.scales):
+        raise StageError(f"the cell has {len(patches)} patches and {len(recipe.scales)} scales")
+    requests = open_requests(inputs["requests"])
+    task, documents = _task(inputs, requests)
+    resident = run.open(inputs, recipe.dtype)
+    with resident.applied(list(zip(patches, recipe.scales, strict=True)), mode=recipe.apply):
+        started = run.clock()
+        responses, truncated = respond(resident, requests, recipe.score_tokens)
+        score_s = run.clock() - started
+    graded = grade(task, documents, requests, responses)
+    results = {"metrics": graded.metrics, "n": len(documents), "num_fewshot": requests.meta["num_fewshot"]}
+    out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(graded.items, schema=SCHEMA), out / "items.parquet", compression="zstd")
+    (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False), encoding="utf-8")
+    run.log(" ".join(f"{m['metric']},{m['filter']}={m['value']}" for m in graded.metrics))
+    speed = len(documents) / score_s if score_s > 0 else None
+    return {**results, "truncated": truncated, "score_s": score_s, "items_per_s": speed}
+
+
+def respond(resident: Any, requests: RequestSet, budget: int) -> tuple[list[Any], int]:
+    """lm-eval's response to each request, (log-likelihood, is greedy) or text; and how many requests were truncated."""
+    if requests.meta["output_type"] == "generate_until":
+        return generate(resident.model, resident.tokenizer, requests, budget)
+    scores = loglikelihoods(resident.model, requests, budget)
+    pairs = zip(scores.loglikelihoods.tolist(), scores.greedy.tolist(), strict=True)
+    return list(pairs), scores.truncated
+
+
+_tasks: dict[Path, tuple[Any, list[dict[str, Any]]]] = {}
+"""Tasks of this process by their requests, which are published and never change."""
+
+
+def _task(inputs: Mapping[str, Path], requests: RequestSet) -> tuple[Any, list[dict[str, Any]]]:
+    """The task that made the requests, and their documents."""
+    path = inputs["requests"]
+    if path not in _tasks:
+        recipe = Requests(**requests.meta["recipe"])
+        task = lmeval.build(source(recipe, inputs))
+        documents = lmeval.documents(task, recipe.limit)
+        if [lmeval.doc_hash(doc) for doc in documents] != [h.decode() for h in requests.doc_hashes]:
+            raise StageError(f"task `{recipe.task}`: its documents are not those that {path} was made from")
+        while len(_tasks) >= 16:
+            _tasks.pop(next(iter(_tasks)))
+        _tasks[path] = task, documents
+    return _tasks[path]
+
+
+def grade(task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, responses: Sequence[Any]) -> Graded:
+    """lm-eval's filters, per-document results and aggregation over responses, as its evaluator runs them."""
+    instances = _answered(task, documents, requests, responses)
+    task._instances = [instance for group in instances for instance in group]
+    task.apply_filters()
+    primary = lmeval.primary(task)
+    values: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    items = []
+    for filter_name in task._instances[0].filtered_resps:
+        for position, (doc, group) in enumerate(zip(documents, instances, strict=True)):
+            found = task.process_results(doc, [instance.filtered_resps[filter_name] for instance in group])
+            for metric, value in found.items():
+                values[metric, filter_name].append(value)
+            about = {"doc_id": int(requests.doc_ids[position]), "doc_hash": requests.doc_hashes[position].decode()}
+            correct = found.get(primary[0])
+            items.append({**about, **_item(task, doc, group, filter_name), "correct": _number(correct),
+                          "filter": filter_name})  # fmt: skip
+    task._instances = None
+    if primary not in values:  # a task with its own process_results names its metrics itself
+        primary = next(iter(values))
+    return Graded([_metric(task, key, found, key == primary) for key, found in values.items()], items)
+
+
+def _answered(
+    task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, responses: Sequence[Any]
+) -> list[list[Any]]:
+    """lm-eval's instances with their responses, by document."""
+    from lm_eval.api.instance import Instance
+
+    kind = "loglikelihood" if task.OUTPUT_TYPE == "multiple_choice" else task.OUTPUT_TYPE
+    groups: list[list[Any]] = [[] for _ in documents]
+    for request, response in enumerate(responses):
+        position = int(requests.documents[request])
+        about = (task.config.task, int(requests.doc_ids[position]), task.config.repeats)
+        instance = Instance(kind, documents[position], (), int(requests.choices[request]), about)
+        instance.resps = [response] * (task.config.repeats or 1)  # greedy: every repeat is the same
+        groups[position].append(instance)
+    return groups
+
+
+def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str) -> dict[str, Any]:
+    answer = group[0].filtered_resps[filter_name]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        scores = [float(instance.resps[0][0]) for instance in group]
+        choices = len(task.doc_to_choice(doc))
+        gold = ",".join(map(str, lmeval.gold_choices(task, doc)))
+        return {"choice_loglikelihoods": scores, "prediction": str(int(np.argmax(scores[:choices]))), "target": gold}
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return {"choice_loglikelihoods": [float(answer[0])], "prediction": str(bool(answer[1])), "target": "True"}
+    return {"prediction": str(answer), "target": str(task.doc_to_target(doc)), "text": str(group[0].resps[0])}
+
+
+def _metric(task: Any, key: tuple[str, str], values: list[Any], primary: bool) -> dict[str, Any]:
+    from lm_eval.api import metrics
+
+    aggregate = task.aggregation().get(key[0], metrics.mean)
+    # Closed forms only: lm-eval bootstraps the rest (F1 over 408 documents, 100,000 times) for minutes.
+    closed = aggregate in (metrics.mean, metrics.acc_all) and len(values) > 1
+    stderr = metrics.stderr_for_metric(aggregate, _BOOTSTRAP) if closed else None
+    return {
+        "metric": key[0],
+        "filter": key[1],
+        "primary": primary,
+        "value": _number(aggregate(values)),
+        "stderr": _number(stderr(values)) if stderr else None,
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A finite float; null for anything else."""
+    if isinstance(value, bool | int | float | np.bool_ | np.number) and math.isfinite(float(value)):
+        return float(value)
+    return None

@@ -1,0 +1,142 @@
+"""Greedy generation with stop sequences, the text `HFLM.generate_until` returns.
+
+Prompts of similar length share a batch, padded on the left; a row leaves its batch as soon as it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from portllm.errors import StageError
+from portllm.work.requests import RequestSet
+from portllm.work.scoring import Head, body, max_length
+
+_MAX_TOKENS = 256
+"""HFLM's default for max_gen_toks."""
+_GREEDY = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
+
+
+@dataclass(frozen=True)
+class Stops:
+    """When a text ends, and where it is cut."""
+
+    until: tuple[str, ...]
+    tokens: int
+    """At most so many new ones."""
+    ends: frozenset[int]
+    """Token ids that end a text."""
+
+
+def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> tuple[list[str], int]:
+    """The text generated for each request, cut before its first stop sequence; and how many prompts were truncated.
+
+    A batch's prompts hold at most `budget` tokens with their padding. Raises StageError for what is not greedy.
+    """
+    stops = _stops(requests.meta["generation"] or {}, model, tokenizer)
+    room = max_length(model, requests) - stops.tokens
+    if room < 1:
+        raise StageError(f"task `{requests.meta['task']}` generates up to {stops.tokens} tokens, and the model's "
+                         f"window of {room + stops.tokens} leaves no room for a prompt")  # fmt: skip
+    head = Head(model)
+    texts = [""] * len(requests)
+    with torch.inference_mode():
+        for batch in _batches(requests, room, budget):
+            prompts = [requests.ids(request)[-room:] for request in batch]
+            for request, ids in zip(batch, _continue(model, head, tokenizer, prompts, stops), strict=True):
+                texts[request] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
+    return texts, int((np.diff(requests.offsets) > room).sum())
+
+
+def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+    kwargs = normalize_gen_kwargs(dict(arguments), _MAX_TOKENS)
+    if kwargs.get("do_sample") or kwargs.get("temperature") or set(kwargs) - _GREEDY:
+        raise StageError(f"only greedy generation is supported; the task asks for {dict(arguments)}")
+    config = model.generation_config
+    if (config.repetition_penalty or 1.0) != 1.0 or config.no_repeat_ngram_size or (config.num_beams or 1) != 1:
+        raise StageError("the model's generation_config.json asks for more than greedy generation: remove it")
+    ends = config.eos_token_id
+    eos = tokenizer.decode(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else None
+    return Stops(
+        until=tuple(term for term in handle_stop_sequences(list(kwargs["until"]), eos) if term),
+        tokens=int(kwargs["max_gen_toks"]),
+        ends=frozenset([] if ends is None else ends if isinstance(ends, list) else [ends]),
+    )
+
+
+def _batches(requests: RequestSet, room: int, budget: int) -> Iterator[list[int]]:
+    """Requests by length of their prompt, longest first."""
+    lengths = np.minimum(np.diff(requests.offsets), room)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, budget // int(lengths[order[start]]))
+        yield [int(i) for i in order[start : start + count]]
+        start += count
+
+
+def _continue(
+    model: Any, head: Head, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops
+) -> list[list[int]]:
+    """New token ids of each prompt, one forward pass a token for all rows that still run."""
+    from transformers import DynamicCache
+
+    ids_BS, mask_BS = _left_padded(prompts, model.device)
+    cache = DynamicCache(config=model.config)
+    texts: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))
+    for _ in range(stops.tokens):
+        positions = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+        hidden_BSD = body(model)(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        chosen = head.logits(hidden_BSD[:, -1]).argmax(dim=-1).tolist()
+        for row, token in zip(running, chosen, strict=True):
+            texts[row].append(token)
+        keep = [b for b, row in enumerate(running) if not _done(texts[row], tokenizer, stops)]
+        if not keep:
+            break
+        kept = torch.tensor(keep, device=model.device)
+        if len(keep) < len(running):
+            cache.batch_select_indices(kept)
+        running = [running[b] for b in keep]
+        ids_BS = torch.tensor([[chosen[b]] for b in keep], device=model.device)
+        mask_BS = torch.cat([mask_BS[kept], mask_BS.new_ones(len(keep), 1)], dim=1)
+    return texts
+
+
+def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(ids) for ids in prompts)
+    ids_BS, mask_BS = np.zeros((2, len(prompts), longest), dtype=np.int64)
+    for b, ids in enumerate(prompts):
+        ids_BS[b, longest - len(ids) :] = ids
+        mask_BS[b, longest - len(ids) :] = 1
+    return torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device)
+
+
+def _done(ids: list[int], tokenizer: Any, stops: Stops) -> bool:
+    """Whether the text has ended: by its last token, or by a stop sequence among its last tokens.
+
+    A token is at least one byte, so a stop sequence lies within as many tokens as it has bytes. What a window's text
+    shows must be in the whole text too: some tokenizers write a text's first blank differently.
+    """
+    if ids[-1] in stops.ends:
+        return True
+    window = max((len(term.encode()) for term in stops.until), default=0) + 2
+    recent = tokenizer.decode(ids[-window:], skip_special_tokens=True)
+    if not any(term in recent for term in stops.until):
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return any(term in text for term in stops.until)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for term in until:
+        text = text.split(term)[0]
+    return text

@@ -1,0 +1,102 @@
+"""From rows to verdicts: pairing, grouping, cost, decisions."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from portllm.errors import SpecError
+from portllm.report.verdicts import Verdict, verdicts
+from tests.report.made_up_study import MadeUp, N
+
+
+@pytest.fixture(scope="module")
+def found(made_up: MadeUp) -> dict[tuple[str, int, str], Verdict]:
+    return {(v.lineage, v.t, v.task): v for v in verdicts(made_up.rows, made_up.items, made_up.steps)}
+
+
+def test_every_version_lineage_and_task_has_one_verdict(found: dict[Any, Verdict]) -> None:
+    assert len(found) == 2 * 3 * 2
+    assert all(set(v.arms) == {"none", "port", "refit"} for v in found.values())
+
+
+def test_the_lineage_that_loses_the_patch_says_refit(found: dict[Any, Verdict]) -> None:
+    assert {found["full", 2, task].decision for task in ("easy", "hard")} == {"refit"}
+    assert found["lora", 2, "easy"].decision == "port"
+    assert found["full", 2, "easy"].sure == 0
+
+
+def test_at_t_0_port_is_refit_and_nothing_is_decided(found: dict[Any, Verdict]) -> None:
+    start = found["lora", 0, "hard"]
+    assert start.decision is None
+    assert start.arms["port"] == start.arms["refit"]
+    assert start.regret is not None
+    assert start.regret.difference == 0
+
+
+def test_arms_are_means_over_seeds_and_comparisons_pair_them(found: dict[Any, Verdict], made_up: MadeUp) -> None:
+    verdict = found["lora", 1, "hard"]
+    chosen = [r for r in made_up.rows if (r["lineage"], r["t"], r["task"]) == ("lora", 1, "hard")]
+    port, refit = ([r["value"] for r in chosen if r["arm"] == arm] for arm in ("port", "refit"))
+    assert verdict.arms["port"].value == pytest.approx(sum(port) / 2)
+    assert verdict.regret is not None
+    assert (verdict.regret.seeds, verdict.regret.documents, verdict.regret.paired) == (2, N, True)
+    assert verdict.regret.difference == pytest.approx((sum(refit) - sum(port)) / 2)
+
+
+def test_the_cost_of_a_refit_is_the_time_of_its_training(found: dict[Any, Verdict]) -> None:
+    assert found["full", 1, "easy"].refit_device_s == pytest.approx(10.5)
+
+
+def test_an_arm_that_was_not_run_leaves_its_comparisons_empty(made_up: MadeUp) -> None:
+    for verdict in verdicts([r for r in made_up.rows if r["arm"] != "refit"], made_up.items):
+        assert verdict.regret is None
+        assert verdict.retention is None
+        assert verdict.lift is not None
+        assert verdict.decision == ("unsure" if verdict.t else None)
+    bare = verdicts([r for r in made_up.rows if r["arm"] == "none"], made_up.items)
+    assert len(bare) == 12
+    assert {v.decision for v in bare} == {None}
+
+
+def test_a_metric_that_is_no_mean_over_documents_is_compared_unpaired(made_up: MadeUp) -> None:
+    rows = [{**row, "metric": "f1", "value": row["value"] * 0.9} for row in made_up.rows]
+    for verdict in verdicts(rows, made_up.items):
+        assert verdict.regret is not None
+        assert not verdict.regret.paired
+        assert verdict.arms["port"].stderr is not None
+
+
+def test_two_update_seeds_are_two_replicates_each_the_mean_of_its_patches(made_up: MadeUp) -> None:
+    rows = [{**row, "update_seed": s} for row in made_up.rows if row["t"] for s in (0, 1)]
+    for verdict in verdicts(rows, made_up.items):
+        assert verdict.regret is not None
+        assert verdict.regret.seeds == 2
+        assert verdict.arms["none"].seeds == 2
+
+
+def test_ranks_and_apply_modes_have_verdicts_of_their_own_with_the_same_none(made_up: MadeUp) -> None:
+    wide = [{**row, "rank": 16} for row in made_up.rows if row["arm"] != "none"]
+    kept = [{**row, "apply": "adapter"} for row in made_up.rows if row["arm"] != "none"]
+    found = verdicts([*made_up.rows, *wide, *kept], made_up.items)
+    assert len(found) == 3 * 12
+    assert all("none" in verdict.arms for verdict in found)
+    assert {(v.rank, v.apply) for v in found} == {(8, "merged"), (16, "merged"), (8, "adapter")}
+
+
+def test_secondary_metrics_do_not_decide(made_up: MadeUp) -> None:
+    more = [{**row, "primary": False, "metric": "acc_norm", "value": 0.0} for row in made_up.rows]
+    plain = verdicts(made_up.rows, made_up.items)
+    both = verdicts([*more, *made_up.rows], made_up.items)
+    assert [replace(v, arms={}) for v in both] == [replace(v, arms={}) for v in plain]
+
+
+def test_cells_over_different_documents_are_refused(made_up: MadeUp) -> None:
+    def items(key: str) -> Any:
+        table = made_up.tables[key]
+        return table.slice(0, N - 1) if key == odd else table
+
+    odd = next(row["key"] for row in made_up.rows if row["arm"] == "refit" and row["t"] == 1)
+    rows = [{**r, "value": sum(items(r["key"])["correct"].to_pylist()) / len(items(r["key"]))} for r in made_up.rows]
+    with pytest.raises(SpecError, match="cannot be paired"):
+        verdicts(rows, items)

@@ -1,0 +1,138 @@
+"""The plan: one step per key, cells for every coordinate."""
+
+from collections import Counter
+
+import pytest
+
+from portllm.errors import SpecError
+from portllm.study.facts import CorpusFacts, from_json, to_json
+from portllm.study.plan import make_plan
+from tests.study.worlds import TEXT, facts, given, plan, study
+
+
+def cells(found, **at):
+    return [c for c in found.cells if all(getattr(c, k) == v for k, v in at.items())]
+
+
+def test_every_input_is_given_or_an_earlier_step():
+    found = plan()
+    seen = set(found.givens)
+    for step in found.steps.values():
+        assert set(step.inputs.values()) <= seen
+        seen.add(step.key)
+
+
+def test_port_at_zero_is_refit_at_zero():
+    found = plan()
+    port = {c.key for c in cells(found, arm="port", t=0)}
+    assert port == {c.key for c in cells(found, arm="refit", t=0)} and len(port) == 4
+
+
+def test_none_has_neither_rank_nor_seed_and_is_scored_once():
+    found = plan("finetune.rank=[4, 8]")
+    none = cells(found, arm="none")
+    assert {(c.rank, c.seed, c.source_t) for c in none} == {(None, None, None)}
+    assert len(none) == 2 * 2 * 3 and len({c.key for c in none}) == 2 * (1 + 2 + 2)
+
+
+def test_theta_zero_is_shared_by_the_lineages_of_a_model():
+    found = plan()
+    counts = Counter(s.stage for s in found.steps.values())
+    per_task = {"finetune": (1 + 2 + 2) * 2, "evaluate": (1 + 2) + 4 * (1 + 2 + 2), "requests": 2}
+    assert counts == {"corpus": 1, "update": 4} | {stage: 2 * n for stage, n in per_task.items()}
+
+
+def test_a_lora_update_is_a_delta_and_a_full_one_a_new_root():
+    found = plan()
+    last = {s.label: s for s in found.steps.values() if s.stage == "update"}
+    assert sorted(last["update soft t=2"].inputs) == ["corpus", "delta1", "root"]
+    assert sorted(last["update hard t=2"].inputs) == ["corpus", "root"]
+    assert last["update hard t=2"].inputs["root"] == last["update hard t=1"].key
+    assert [last[f"update soft t={t}"].recipe.start for t in (1, 2)] == [0, 100]
+
+
+def test_adding_a_task_adds_only_its_own_steps():
+    before, after = plan("tasks=[easy]"), plan("tasks=[easy, hard]")
+    assert before.steps.keys() < after.steps.keys()
+    assert {s.stage for k, s in after.steps.items() if k not in before.steps} == {"requests", "finetune", "evaluate"}
+
+
+def test_a_limit_changes_no_training():
+    trained = [{k for k, s in p.steps.items() if s.stage in ("update", "finetune")}
+               for p in (plan(), plan("tasks=[{task: easy, limit: 5}, hard]"))]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("override", ["resources.finetune={workers: 2, zero: 2, micro_batch: 1}", "store=elsewhere",
+                                      "resources.evaluate.threads=2", "tracking.enabled=false", "name=other"])
+def test_resources_and_places_do_not_change_a_key(override):
+    assert plan(override).steps.keys() == plan().steps.keys()
+
+
+@pytest.mark.parametrize("override, stages", [
+    ("evaluate.score_tokens=64", {"evaluate"}), ("evaluate.dtype=bfloat16", {"evaluate"}),
+    ("finetune.seeds=[3, 4]", {"finetune", "evaluate"}), ("finetune.examples=9", {"requests", "finetune", "evaluate"}),
+])
+def test_a_recipe_changes_its_own_stage_and_what_follows(override, stages):
+    old, new = plan(), plan(override)
+    assert {s.stage for k, s in new.steps.items() if k not in old.steps} == stages
+
+
+def test_given_versions_and_patches_train_nothing():
+    text = TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 100, steps: 2}", "{path: v1}").replace(
+        "finetune: {rank: 8, learning_rate: 1e-3, examples: 10, seeds: [1, 2]}", "patches: {easy: p}\narms: [none, port]"
+    ).replace("tasks: [easy, hard]", "tasks: [easy]").replace(
+        "  hard: {model: m, updates: [{corpus: c, method: full, tokens: 100, steps: 2}]}\n", "")
+    asked, known = study(text), facts(("easy",))
+    version = type(known.models["m"])(given("model", "v1"), given("tokenizer", "m"))
+    found = make_plan(asked, facts(("easy",), versions={("soft", 0): version}))
+    assert {s.stage for s in found.steps.values()} == {"requests", "evaluate"}
+    assert [(c.arm, c.t, c.update) for c in found.cells] == [
+        ("none", 0, None), ("port", 0, None), ("none", 1, "given"), ("port", 1, "given")]
+
+
+def test_update_seeds_make_lineages_of_their_own():
+    found = plan("lineages.soft.seeds=[0, 7]")
+    assert {c.update_seed for c in cells(found, lineage="soft", t=1)} == {0, 7}
+    assert {c.update_seed for c in cells(found, lineage="soft", t=0)} == {None}
+    assert len(cells(found, lineage="soft", t=0, arm="none", task="easy")) == 1
+
+
+def test_excluded_documents_are_part_of_the_corpus():
+    corpus = CorpusFacts(given("corpus", "c"), format="parquet", rows=10, excluded=(3,))
+    old, new = plan(), plan(corpora={"c": corpus})
+    assert {s.stage for k, s in new.steps.items() if k not in old.steps} == {"corpus", "update", "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize("override, message", [
+    ("finetune.rank=32", "larger than the model's width of 16"),
+    ("lineages.soft.updates[0].sequence_length=1024", "reads at most 512"),
+])
+def test_what_the_shape_forbids_is_refused(override, message):
+    with pytest.raises(SpecError, match=message):
+        plan(override)
+
+
+def test_twin_tasks_screen_each_other():
+    known = facts()
+    same = {n: type(t)(**(vars(t) | {"template": "same"})) for n, t in known.tasks.items()}
+    found = plan(tasks=same)
+    examples = [s for s in found.steps.values() if s.label.startswith("examples")]
+    assert all("screen1" in s.inputs for s in examples)
+
+
+def test_facts_survive_json():
+    known = facts()
+    assert from_json(to_json(known)) == known
+
+
+def test_ten_thousand_cells_plan_in_seconds():
+    import time
+
+    tasks = tuple(f"task{i}" for i in range(40))
+    asked = study(TEXT, f"tasks=[{', '.join(tasks)}]", "lineages.soft.updates[0].steps=20",
+                  "lineages.hard.updates[0].steps=20", "finetune.seeds=[1, 2, 3]")
+    begin = time.process_time()
+    found = make_plan(asked, facts(tasks))
+    assert len(found.cells) > 10_000
+    assert time.process_time() - begin < 5, "a plan is a second's work; five leaves room for a slow machine"

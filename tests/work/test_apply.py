@@ -1,0 +1,215 @@
+"""Applied from files to files: PEFT's bits where a patch touches, the source's bytes everywhere else, or nothing."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
+from safetensors.torch import load_file, save_file
+
+from portllm.errors import ResolveError, StageError
+from portllm.formats.tensors import INDEX, model_tensors
+from portllm.work import apply as module
+from portllm.work.apply import apply, atomic_apply, copy_bytes, published
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every architecture in fp32 and bf16 with a plain and a rank-stabilised patch, written once."""
+    root = tmp_path_factory.mktemp("made")
+    for name in CONFIGS:
+        for dtype in ("float32", "bfloat16"):
+            save_model(root / f"{name}-{dtype}", name, DTYPES[dtype])
+        save_adapter(root / f"{name}-plain", root / f"{name}-float32")
+        patterns = {"rank_pattern": {r".*0.*proj": 2}, "alpha_pattern": {r"1\..*": 3}} if name != "gpt2" else {}
+        save_adapter(root / f"{name}-rslora", root / f"{name}-float32", seed=2, r=6, use_rslora=True, **patterns)
+    (root / "llama-float32" / "tokenizer.json").write_text("{}")
+    (root / "llama-float32" / "provenance.json").write_text("{}")
+    (root / "llama-float32" / "pytorch_model.bin").write_bytes(b"pickled")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_applied_weights_are_pefts_merge_to_the_bit(
+    made: Path, tmp_path: Path, name: str, dtype: str, kind: str
+) -> None:
+    source, patch = made / f"{name}-{dtype}", made / f"{name}-{kind}"
+    summary = apply(source, [(patch, 1.0)], tmp_path / "out")
+    assert same_bits(load(tmp_path / "out", DTYPES[dtype]).state_dict(), peft_merged(source, patch, DTYPES[dtype]))
+    assert summary["touched"] == len(load_file(patch / "adapter_model.safetensors")) // 2
+    assert summary["dtype"] == dtype
+
+
+def test_untouched_tensors_and_the_header_keep_their_bytes(made: Path, tmp_path: Path) -> None:
+    source = made / "mistral-bfloat16"
+    patch = save_adapter(tmp_path / "p", source, target_modules=["q_proj"])
+    apply(source, [(patch, 1.0)], tmp_path / "out")
+    old, new = (directory / "model.safetensors" for directory in (source, tmp_path / "out"))
+    entries = model_tensors(source)
+    first = min(entry.start for entry in entries.values())
+    assert old.read_bytes()[:first] == new.read_bytes()[:first]
+    before, after = load_file(old), load_file(new)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_several_patches_with_scales_are_one_fp32_sum(made: Path, tmp_path: Path) -> None:
+    source, patches = made / "llama-bfloat16", [made / "llama-plain", made / "llama-rslora"]
+    apply(source, list(zip(patches, (0.5, -1.25), strict=True)), tmp_path / "out")
+    zeroed = load_file(source / "model.safetensors")
+    (tmp_path / "zero").mkdir()
+    save_file(
+        {n: torch.zeros_like(t, dtype=torch.float32) for n, t in zeroed.items()},
+        tmp_path / "zero" / "model.safetensors",
+    )
+    shutil.copy(source / "config.json", tmp_path / "zero")
+    deltas = []
+    for index, patch in enumerate(patches):  # onto zeros, a patch is its own delta
+        apply(tmp_path / "zero", [(patch, 1.0)], tmp_path / f"d{index}")
+        deltas.append(load_file(tmp_path / f"d{index}" / "model.safetensors"))
+    expected = {n: (t.float() + deltas[0][n] * 0.5 + deltas[1][n] * -1.25).bfloat16() for n, t in zeroed.items()}
+    assert same_bits(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
+def test_shards_and_their_index_stay_as_they_were(made: Path, tmp_path: Path) -> None:
+    load(made / "llama-bfloat16", torch.bfloat16).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    apply(tmp_path / "sharded", [(made / "llama-plain", 1.0)], tmp_path / "out")
+    apply(made / "llama-bfloat16", [(made / "llama-plain", 1.0)], tmp_path / "single")
+    assert (tmp_path / "sharded" / INDEX).read_bytes() == (tmp_path / "out" / INDEX).read_bytes()
+    assert same_bits(*(load(tmp_path / name, torch.bfloat16).state_dict() for name in ("out", "single")))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_dtype_rounds_the_sum_once_and_is_written_in_the_config(
+    made: Path, tmp_path: Path, dtype: str, sharded: bool
+) -> None:
+    source, to = made / "llama-float32", DTYPES[dtype]
+    if sharded:
+        load(source, torch.float32).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+        source = tmp_path / "sharded"
+    apply(source, [(made / "llama-plain", 1.0)], tmp_path / "out", dtype)
+    expected = {n: t.to(to) for n, t in peft_merged(source, made / "llama-plain", torch.float32).items()}
+    assert same_bits(load(tmp_path / "out", "auto").state_dict(), expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == dtype
+    assert "torch_dtype" not in config
+    if sharded:
+        total = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"]
+        assert total == sum(entry.nbytes for entry in model_tensors(tmp_path / "out").values())
+
+
+def test_no_patch_at_all_is_a_copy(made: Path, tmp_path: Path) -> None:
+    apply(made / "gpt2-bfloat16", [], tmp_path / "out")
+    files = [directory / "model.safetensors" for directory in (made / "gpt2-bfloat16", tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_integers_stay_integers_under_another_dtype(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    tensors = {"w": torch.randn(3, 3), "ids": torch.arange(5), "b": torch.tensor([True])}
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text('{"torch_dtype": "float32", "text_config": {"dtype": "float32"}}')
+    apply(tmp_path / "m", [], tmp_path / "out", "bfloat16")
+    expected = tensors | {"w": tensors["w"].bfloat16()}
+    assert same_bits(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"text_config": {"dtype": "bfloat16"}, "dtype": "bfloat16"}
+
+
+def test_the_output_is_a_complete_model_without_what_was_true_of_the_source_only(made: Path, tmp_path: Path) -> None:
+    apply(made / "llama-float32", [(made / "llama-plain", 1.0)], tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_patch_for_another_architecture_writes_nothing(made: Path, tmp_path: Path) -> None:
+    for patch in (made / "gpt2-plain", made / "llama-plain"):
+        other = made / ("llama-float32" if patch.name.startswith("gpt2") else "gpt2-float32")
+        with pytest.raises(ResolveError, match="trained on another architecture"):
+            atomic_apply(other, [(patch, 1.0)], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_found_before_writing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StageError, match="GB free"):
+        atomic_apply(made / "llama-float32", [(made / "llama-plain", 1.0)], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_replaced_only_by_force(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    atomic_apply(made / "llama-float32", [], out)
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(ResolveError, match="--force"):
+        atomic_apply(made / "llama-float32", [(made / "llama-plain", 1.0)], out)
+    with pytest.raises(ResolveError, match="not empty"):
+        apply(made / "llama-float32", [], out)
+    assert (out / "mine.txt").exists()
+    atomic_apply(made / "llama-float32", [(made / "llama-plain", 1.0)], out, force=True)
+    assert not (out / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_block_that_raises_publishes_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with published(tmp_path / "out") as private:
+            (private / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_apply_leaves_the_whole_output_or_none(made: Path, tmp_path: Path) -> None:
+    source, patch, out = made / "llama-float32", made / "llama-plain", tmp_path / "out"
+    apply(source, [(patch, 1.0)], tmp_path / "expected")
+    whole = load_file(tmp_path / "expected" / "model.safetensors")
+    for kill in range(30):
+        child = os.fork()  # no start of an interpreter: a kill lands anywhere in an apply
+        if child == 0:
+            try:
+                while True:
+                    atomic_apply(source, [(patch, 1.0)], out, force=True)
+            finally:
+                os._exit(1)
+        time.sleep(0.003 * kill)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if out.exists():
+            assert same_bits(load_file(out / "model.safetensors"), whole)
+    assert out.exists() or list(tmp_path.glob(".out.*"))
+
+
+def test_a_copy_falls_back_to_memory_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: int) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    content = os.urandom(100_000)
+    (tmp_path / "a").write_bytes(content)
+    copy_bytes(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(module.os, "copy_file_range", refuse)
+    copy_bytes(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == content
+
+
+def test_minus_zero_survives(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    save_file({"w": torch.tensor([-0.0, 0.0])}, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    apply(tmp_path / "m", [], tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert torch.equal(bits(written), bits(torch.tensor([-0.0, 0.0])))

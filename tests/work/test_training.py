@@ -1,0 +1,235 @@
+"""The training loop: what decides its numbers, and what moves rounding only."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy_training as toy
+from torch.nn.functional import cross_entropy
+
+from portllm.errors import StageError
+from portllm.study.resources import Layout
+from portllm.work import loss as losses_of
+from portllm.work.batches import collate, finetune_batches, micro_batches, packed, update_batches
+from portllm.work.loss import SummedLoss, check_head
+from portllm.work.training import learning_rate
+
+pytestmark = pytest.mark.real
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_finetuning_batches_hold_like_lengths_and_every_example_once_an_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 1600)
+    batches = finetune_batches(lengths, 16, steps=200, seed=7)
+    assert batches == finetune_batches(lengths, 16, steps=200, seed=7) != finetune_batches(lengths, 16, 200, seed=8)
+    assert np.bincount(np.concatenate(batches)).tolist() == [2] * 1600
+    spread = [np.ptp(lengths[batch]) for batch in batches]
+    assert np.mean(spread) < 20 < np.mean([np.ptp(lengths[i : i + 16]) for i in range(0, 1600, 16)])
+    first = [lengths[batch].mean() for batch in batches[:50]]
+    assert first != sorted(first)
+
+
+def test_update_batches_hold_every_sequence_once() -> None:
+    batches = update_batches(21, 4, seed=1)
+    assert [len(b) for b in batches] == [4] * 5 + [1]
+    assert sorted(i for b in batches for i in b) == list(range(21))
+
+
+def test_ranks_share_a_batch_without_overlap_in_equally_many_passes() -> None:
+    shares = [micro_batches(list(range(7)), rank, world=2, size=2, count=2) for rank in range(2)]
+    assert shares == [[[0, 2], [4, 6]], [[1, 3], [5]]]
+    assert micro_batches([9], 1, world=2, size=2, count=2) == [[], []]
+
+
+def test_arrays_hold_the_targets_of_the_answer_only_and_few_shapes() -> None:
+    data = toy.data()
+    arrays = collate(data, [3, 5])
+    assert arrays.ids_BT.shape[1] % 16 == 0
+    assert len(arrays.rows_N) == len(arrays.targets_N) == data.targets[[3, 5]].sum()
+    assert (arrays.ids_BT.reshape(-1)[arrays.rows_N + 1] == arrays.targets_N).all()
+
+
+def test_packed_sequences_take_a_slice_and_name_its_documents(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(100, dtype=np.uint32))
+    np.save(tmp_path / "offsets.npy", np.array([0, 30, 45, 100]))
+    np.save(tmp_path / "rows.npy", np.array([7, 8, 9]))
+    data = packed(tmp_path, start=20, tokens=50, length=16)
+    assert len(data) == 3
+    assert collate(data, [0]).ids_BT.tolist() == [list(range(20, 36))]
+    assert [data.documents_of([i]) for i in range(3)] == [[7, 8], [8, 9], [9]]
+    with pytest.raises(StageError, match="has 100 tokens"):
+        packed(tmp_path, start=60, tokens=50, length=16)
+
+
+def test_schedules_warm_up_and_end_as_named() -> None:
+    rates = [learning_rate(s, 100, replace(toy.OPTIMIZATION, warmup=0.1)) for s in range(100)]
+    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
+    assert max(rates) == rates[9] == rates[10] == 1e-2
+    assert rates[55] == pytest.approx(5e-3)
+    assert learning_rate(55, 100, replace(toy.OPTIMIZATION, warmup=0.1, schedule="linear")) == pytest.approx(5e-3)
+    assert learning_rate(99, 100, replace(toy.OPTIMIZATION, warmup=0.0, schedule="constant")) == 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_in_blocks_of_rows_has_the_whole_one_s_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy.model()
+    model.config.final_logit_softcapping = 2.0
+    arrays = collate(toy.data(), list(range(12)))
+    tensors = [torch.from_numpy(a) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N)]
+
+    def run(blocks: int) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        value = SummedLoss(model)(*tensors, blocks)
+        value.backward()
+        return float(value), model.model.embed_tokens.weight.grad.clone()
+
+    (whole, gradient), (parts, parts_gradient) = run(1), run(5)
+    assert parts == pytest.approx(whole, rel=1e-6)
+    torch.testing.assert_close(parts_gradient, gradient)
+    monkeypatch.setattr(losses_of, "BLOCK_LOGITS", 1200)
+    assert losses_of.head_blocks(model, 25) == 3
+
+
+def test_an_architecture_that_scales_its_logits_is_refused() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    check_head(toy.model())
+    config = GraniteConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0)  # fmt: skip
+    with pytest.raises(StageError, match="granite"):
+        check_head(GraniteForCausalLM(config))
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def plain_loop() -> np.ndarray:
+    """The same 20 steps without DeepSpeed, padding, or a head that skips rows: one sequence at a time."""
+    model, data = toy.model(), toy.data()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    losses = []
+    for step, batch in enumerate(toy.batches()):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, toy.STEPS, toy.OPTIMIZATION)
+        total = torch.zeros(())
+        for i in batch:
+            ids = torch.from_numpy(data.tokens[data.starts[i] : data.ends[i]].astype(np.int64))
+            first = int(data.answers[i])
+            logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
+            total = total + cross_entropy(logits, ids[first:], reduction="sum")
+        mean = total / int(data.targets[batch].sum())
+        optimizer.zero_grad()
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), toy.OPTIMIZATION.clip)
+        optimizer.step()
+        losses.append(float(mean.detach()))
+    return np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("reference")
+    model, ledger = toy.fit(out)
+    return model, ledger, out
+
+
+def test_20_steps_equal_a_plain_pytorch_loop(reference: Any) -> None:
+    np.testing.assert_allclose(toy.losses(reference[2]), plain_loop(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(micro_batch=2), Layout(micro_batch=3), Layout(zero=1), Layout(zero=2, micro_batch=2), Layout(zero=3),
+        Layout(offload=True), Layout(gradient_checkpointing=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_resources_move_rounding_only(layout: Layout, reference: Any, tmp_path: Path) -> None:
+    model, ledger = toy.fit(tmp_path, layout)
+    np.testing.assert_allclose(toy.losses(tmp_path), toy.losses(reference[2]), atol=1e-5, rtol=0)
+    for mine, theirs in zip(model.parameters(), reference[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    assert ledger["zero"] == (layout.zero if layout.zero is not None else int(layout.offload))
+
+
+def test_the_ledger_is_read_from_the_engine(reference: Any) -> None:
+    _, ledger, out = reference
+    lengths = toy.data().lengths
+    assert ledger["tokens"] == sum(int(lengths[b].sum()) for b in toy.batches())
+    assert (ledger["steps"], ledger["world"], ledger["zero"], ledger["micro_batch"], ledger["accumulation"]) == (
+        20, 1, 0, 8, 1,
+    )  # fmt: skip
+    assert ledger["trainable_parameters"] == ledger["total_parameters"] == sum(p.numel() for p in toy.model().parameters())
+    assert ledger["peak_rss_bytes"] > 2**27
+    assert ledger["peak_device_bytes"] is None
+    assert ledger["deepspeed"]
+    points = [json.loads(line) for line in (out / "curve.jsonl").open()]
+    assert [p["step"] for p in points] == list(range(1, 21))
+    assert set(points[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_s"}
+    seen = json.loads((out / "documents.rank0.json").read_text())
+    assert seen == [[100 + i for i in batch] for batch in toy.batches()]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_bfloat16_trains_fp32_masters(zero: int, reference: Any, tmp_path: Path) -> None:
+    gentle = replace(toy.OPTIMIZATION, learning_rate=1e-4, dtype="bfloat16")
+    model, _ = toy.fit(tmp_path, Layout(zero=zero), optimization=gentle)
+    np.testing.assert_allclose(toy.losses(tmp_path)[0], toy.losses(reference[2])[0], rtol=5e-3)
+    moved = model.lm_head.weight - toy.model(dtype=torch.bfloat16).lm_head.weight.float()
+    assert model.lm_head.weight.dtype == torch.float32
+    # Steps of 1e-4 are lost in a bf16 weight of 0.02 (spacing 1.2e-4): only masters take them.
+    assert 1e-4 < moved.abs().mean() < 2e-3
+    assert not torch.equal(model.lm_head.weight.bfloat16().float(), model.lm_head.weight)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_documents(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"optimizer step [2-9] of 20 is (nan|inf).*\[1\d\d, 1\d\d"):
+        toy.fit(tmp_path, optimization=replace(toy.OPTIMIZATION, learning_rate=1e30, clip=0.0))
+
+
+def test_a_group_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="1 ranks, this step 2"):
+        toy.fit(tmp_path, world=2)
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case of `toy_training` by two processes over gloo."""
+    out = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen([sys.executable, toy.__file__, str(rank), "2", str(out)], env=environment) for rank in range(2)
+    ]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    return out
+
+
+@pytest.mark.parametrize("case", toy.CASES)
+def test_two_ranks_equal_one(case: str, two_ranks: Path, tmp_path: Path) -> None:
+    settings = toy.CASES[case]
+    toy.fit(tmp_path, Layout(), settings.get("trains", "full"), settings.get("batch", 8))
+    np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)
+    ledger = json.loads((two_ranks / case / "ledger.rank0.json").read_text())
+    assert ledger["world"] == 2
+    assert ledger["zero"] == (3 if case == "ragged" else int(case[4]))
+
+
+def test_two_ranks_read_different_documents(two_ranks: Path) -> None:
+    first, second = (json.loads((two_ranks / "zero1" / f"documents.rank{r}.json").read_text()) for r in range(2))
+    for mine, theirs, batch in zip(first, second, toy.batches(), strict=True):
+        assert sorted(mine + theirs) == sorted(100 + i for i in batch)
+        assert len(mine) == len(theirs) == 4
