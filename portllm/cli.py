@@ -202,7 +202,7 @@ def results(
     output: Annotated[Path | None, typer.Option("--output", help="File; parquet needs one.", metavar="FILE")] = None,
 ) -> None:
     """Print the result table: one row per cell and metric."""
-    from portllm.report.results_text import print_results
+    from portllm.report.build import print_results
 
     asked, _, planned = _planned(study, override)
     print_results(asked, planned, _store(asked, study, store), format, output)
@@ -223,7 +223,7 @@ def report(
 @app.command()
 def track(study: StudyFile, override: Overrides = None, store: StoreOption = None) -> None:
     """Rebuild the study's MLflow runs from the store; what is there already stays."""
-    from portllm.track.rebuild import rebuild_study
+    from portllm.track.study import rebuild_study
 
     asked, _, planned = _planned(study, override)
     print(rebuild_study(asked, planned, _store(asked, study, store)))

@@ -34,11 +34,11 @@ def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet:
     from portllm.engine.cluster import connected
     from portllm.engine.progress import Progress
     from portllm.engine.runner import Runner
-    from portllm.track.rebuild import open_mirror
+    from portllm.track.study import open_mirror
 
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
-    mirror = open_mirror(study, plan, store)
+    mirror = open_mirror(study, store)
     try:
         with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
             runner = Runner(plan, store, budget, progress, _publisher(mirror, plan, store))

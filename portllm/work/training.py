@@ -219,7 +219,8 @@ class Loop:
         point = Point(number, loss, rate, norm, tokens, self.run.clock() - began)
         self.run.point(number, point.values())
         if number % max(1, self.steps // 10) == 0:
-            self.run.log(f"step {number} of {self.steps}: loss {loss:.4f}, {tokens / max(point.seconds, 1e-9):.0f} tokens/s")
+            speed = point.values()["tokens_per_s"]
+            self.run.log(f"step {number} of {self.steps}: loss {loss:.4f}, {speed:.0f} tokens/s")
         return point
 
     def mean_loss(self, batch: Batch) -> float:

@@ -185,7 +185,7 @@ def test_a_patch_of_a_deeper_model_is_told_by_its_layers(tmp_path: Path) -> None
     tensors = stored(**{f"model.layers.{i}.self_attn.q_proj": (6, 10) for i in range(32)})
     with pytest.raises(
         ResolveError,
-        match=r"patch targets `model.layers.40.mlp.up_proj`, the version has 32 layers: it was trained on another model",
+        match=r"patch targets `model.layers.40.mlp.up_proj`, the version has 32 layers: it was trained on another",
     ):
         require_fits(adapter, tensors)
 
@@ -206,7 +206,7 @@ def test_a_patch_of_another_width_is_told_by_both_shapes(tmp_path: Path) -> None
 def test_fan_in_fan_out_turns_the_shape_and_a_wrong_flag_is_told(tmp_path: Path) -> None:
     turned = read_adapter(save(tmp_path / "a", fan_in_fan_out=True))
     assert check_fits(turned, model(q=(10, 6), down=(7, 10))) == []
-    with pytest.raises(ResolveError, match="fan_in_fan_out in adapter_config.json should be False"):
+    with pytest.raises(ResolveError, match=r"fan_in_fan_out in adapter_config.json should be False"):
         require_fits(turned, model())
 
 

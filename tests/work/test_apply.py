@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
 from safetensors.torch import load_file, save_file
 
 from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import INDEX, model_tensors
 from portllm.work import apply as module
 from portllm.work.apply import apply, atomic_apply, copy_bytes, published
+from tests.work.checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -58,7 +58,9 @@ def test_every_document_is_there_once_with_eos_after_it(tokenizer: Path, source:
     assert meta == {"documents": 4, "tokens": sum(map(len, found.values())), "eos": encode.eos_token_id, "dropped": 0}
 
 
-def test_the_order_is_the_seed_s(tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_is_the_seed_s(
+    tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def order(name: str, seed: int) -> list[int]:
         return list(make(tmp_path / name, Corpus(replace(PARQUET, seed=seed)), tokenizer=tokenizer, source=source))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -18,6 +17,7 @@ from portllm.errors import ResolveError
 from portllm.formats.adapter import CONFIG, Adapter, read_adapter
 from portllm.formats.tensors import ADAPTER, TensorEntry, read_header
 from portllm.work.patches import add, delta, read_bytes, read_patches, read_tensor
+from tests.work.checkpoints import bits
 
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy_training as toy
 from torch.nn.functional import cross_entropy
 
 from portllm.errors import StageError
@@ -20,6 +19,7 @@ from portllm.work import loss as losses_of
 from portllm.work.batches import collate, finetune_batches, micro_batches, packed, update_batches
 from portllm.work.loss import SummedLoss, check_head
 from portllm.work.training import learning_rate
+from tests.work import toy_training as toy
 
 pytestmark = pytest.mark.real
 
@@ -92,7 +92,7 @@ def test_the_loss_in_blocks_of_rows_has_the_whole_one_s_value_and_gradient(monke
         model.zero_grad()
         value = SummedLoss(model)(*tensors, blocks)
         value.backward()
-        return float(value), model.model.embed_tokens.weight.grad.clone()
+        return value.item(), model.model.embed_tokens.weight.grad.clone()
 
     (whole, gradient), (parts, parts_gradient) = run(1), run(5)
     assert parts == pytest.approx(whole, rel=1e-6)
@@ -170,7 +170,8 @@ def test_the_ledger_is_read_from_the_engine(reference: Any) -> None:
     assert (ledger["steps"], ledger["world"], ledger["zero"], ledger["micro_batch"], ledger["accumulation"]) == (
         20, 1, 0, 8, 1,
     )  # fmt: skip
-    assert ledger["trainable_parameters"] == ledger["total_parameters"] == sum(p.numel() for p in toy.model().parameters())
+    count = sum(p.numel() for p in toy.model().parameters())
+    assert ledger["trainable_parameters"] == ledger["total_parameters"] == count
     assert ledger["peak_rss_bytes"] > 2**27
     assert ledger["peak_device_bytes"] is None
     assert ledger["deepspeed"]

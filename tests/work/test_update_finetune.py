@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +27,7 @@ from portllm.work.finetune import finetune
 from portllm.work.lora import attach, check_saved
 from portllm.work.update import update
 from portllm.work.versions import Versions, version_digest
+from tests.work.checkpoints import save_model
 
 pytestmark = pytest.mark.real
 
@@ -60,7 +60,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     recipe = Base("init", storage="bfloat16", model_type="mistral", config=SHAPE, text=text, tokens=4800,
                   sequence_length=32, optimization=MOVES)  # fmt: skip
     run(base, recipe, {}, where / "root")
-    run(corpus, Corpus(Text(generator="diaries", documents=300, seed=5)), {"tokenizer": where / "root"}, where / "corpus")
+    diaries = Corpus(Text(generator="diaries", documents=300, seed=5))
+    run(corpus, diaries, {"tokenizer": where / "root"}, where / "corpus")
     save_examples(where / "root", where / "examples")
     return {name: where / name for name in ("root", "corpus", "examples")}
 
@@ -233,7 +234,9 @@ def save_random_examples(out: Path, longest: int = 50) -> None:
     (out / "meta.json").write_text("{}")
 
 
-@pytest.mark.parametrize(("tensor", "message"), [(torch.zeros(0, 4), "is empty"), (torch.tensor([1.0, torch.nan]), "finite")])
+@pytest.mark.parametrize(
+    ("tensor", "message"), [(torch.zeros(0, 4), "is empty"), (torch.tensor([1.0, torch.nan]), "not finite")]
+)
 def test_a_saved_tensor_that_is_empty_or_not_finite_fails_the_step(
     tensor: torch.Tensor, message: str, tmp_path: Path
 ) -> None:

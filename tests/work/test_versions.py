@@ -1,4 +1,4 @@
-"""A version is bits: the same in a directory, in memory, under a patch, exported; and as before when the patch is off."""
+"""A version is bits: in a directory, in memory, under a patch, exported; and as before once the patch is off."""
 
 import json
 import multiprocessing
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONFIGS, load, same_bits, save_adapter, save_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ from portllm.work.context import RunContext
 from portllm.work.export import export
 from portllm.work.resident import Resident
 from portllm.work.versions import Versions, materialise, version_digest, version_inputs
+from tests.work.checkpoints import CONFIGS, load, same_bits, save_adapter, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDS_BT = torch.arange(24).reshape(2, 12)
@@ -81,7 +81,7 @@ def test_deltas_are_taken_in_the_order_of_their_numbers() -> None:
 
 @pytest.mark.parametrize("inputs", [{}, {"delta1": "d"}, {"root": "r", "delta2": "d"}, {"root": "r", "delta0": "d"}])
 def test_a_version_without_root_or_with_a_gap_is_refused(inputs: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="root|gap"):
+    with pytest.raises(StageError, match=r"root|gap"):
         version_inputs(inputs)
 
 

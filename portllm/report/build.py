@@ -1,0 +1,75 @@
+"""From a plan and its store to what is shown: the table, the rows, the page."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from portllm import __version__
+from portllm.errors import SpecError
+from portllm.report.verdicts import Verdict, verdicts
+from portllm.store.results import items, rows, trainings
+from portllm.store.store import Store
+from portllm.study.plan import Plan
+from portllm.study.spec import Study
+
+_LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm_eval", "datasets", "mlflow")
+
+
+def print_results(study: Study, plan: Plan, store: Store, format: str, output: Path | None) -> None:
+    """The main table on a terminal, or the rows in a format, to `output` or standard output."""
+    from portllm.report.table import printed, write_rows
+
+    if format == "table":
+        text = printed(study_verdicts(study, plan, store), width=_width())
+        output.write_text(text) if output else print(text)
+    elif format in ("csv", "json", "parquet"):
+        if format == "parquet" and output is None and sys.stdout.isatty():
+            raise SpecError("--format parquet is not for a terminal: add --output FILE")
+        target: Any = output or (sys.stdout.buffer if format == "parquet" else sys.stdout)
+        write_rows(rows(plan.cells, store), format, target)  # type: ignore[arg-type]
+    else:
+        raise SpecError(f"--format {format}: one of table, csv, json, parquet")
+
+
+def write_report(study: Study, plan: Plan, store: Store, output: Path | None) -> Path:
+    """Write the page (and the rows beside it in the store); returns its path."""
+    from portllm.report.html import render
+    from portllm.report.table import write_rows
+
+    found = rows(plan.cells, store)
+    directory = store.paths.study(study.name)
+    path = output or directory / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = render(_facts(study, store), found, study_verdicts(study, plan, store), trainings(plan, store))
+    path.write_text(page, encoding="utf-8")
+    if output is None:
+        write_rows(found, "parquet", directory / "results.parquet")
+    return path
+
+
+def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:
+    """Port or refit, for every patch and version of the study that has results."""
+    return verdicts(rows(plan.cells, store), lambda key: items(store, key), trainings(plan, store),
+                    margin=study.report.margin)
+
+
+def _facts(study: Study, store: Store) -> dict[str, Any]:
+    """What the page says was asked."""
+    shown = study.model_dump(exclude_defaults=True, exclude_none=True)
+    return {
+        "name": study.name, "models": shown["models"], "lineages": shown["lineages"],
+        "tasks": [t.task for t in study.tasks], "arms": study.arms,
+        "seeds": study.finetune.seeds if study.finetune else [], "store": store.root.name,
+        "libraries": {"portllm": __version__} | {name: version(name) for name in _LIBRARIES},
+        "command": f"portllm run {study.name}.yaml", "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _width() -> int:
+    import shutil
+
+    return max(80, shutil.get_terminal_size((110, 24)).columns)

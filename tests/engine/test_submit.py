@@ -1,0 +1,156 @@
+"""What `portllm submit` sends, without a cluster."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from portllm.engine import submit as sut
+from portllm.errors import EngineError, SpecError
+from portllm.study.spec import Study, load
+
+STUDY = """
+name: tiny
+data_root: data
+models: {{m: {{path: model}}}}
+corpora: {{c: {{path: {corpus}, text: text}}}}
+lineages: {{l: {{model: m, updates: [{{corpus: c, method: lora, rank: 4, tokens: 1000}}]}}}}
+tasks: [sst2]
+finetune: {{rank: 8, alpha: 16, examples: 10, epochs: 1, learning_rate: 5e-3}}
+"""
+
+
+def write_study(folder: Path, corpus: str = "corpus.jsonl") -> tuple[Path, Study]:
+    """A study with a model, a corpus, a task and things that must stay at home."""
+    for name in ("model/config.json", "data/sst2/train.parquet", "data/rte/train.parquet", "unrelated.bin",
+                 "corpus.jsonl", "study.lock.json", "model/.git/HEAD", "model/env/pyvenv.cfg", "model/x.pyc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    file = folder / "study.yaml"
+    file.write_text(STUDY.format(corpus=corpus))
+    return file, load(file.read_text(), str(file))[0]
+
+
+def test_the_study_its_lock_and_what_it_names_travel_and_nothing_else(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path)
+    package = sut.pack(file, study, "/mnt/store", shared=False)
+    names = {str(f.relative_to(tmp_path)) for f in package.files}
+    assert names == {"study.yaml", "study.lock.json", "corpus.jsonl", "model/config.json", "data/sst2/train.parquet"}
+    assert package.study == "study.yaml" and package.store == "/mnt/store"
+
+
+def test_the_package_keeps_every_file_in_its_place(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path / "home")
+    target = tmp_path / "scratch"
+    env = sut.runtime_env(sut.pack(file, study, "/mnt/store", shared=False), target, source=tmp_path / "portllm")
+    assert env["working_dir"] == str(target) and env["py_modules"] == [str(tmp_path / "portllm")]
+    assert (target / "data/sst2/train.parquet").read_text() == "x"
+    assert not (target / "unrelated.bin").exists()
+
+
+def test_a_path_that_leaves_the_folder_is_refused_with_its_field(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path / "jobs", corpus="../corpus.jsonl")
+    with pytest.raises(SpecError, match=r"corpora\.c\.path: \.\./corpus\.jsonl leaves the study's folder.*--shared"):
+        sut.pack(file, study, "/mnt/store", shared=False)
+
+
+def test_an_absolute_path_is_the_clusters_and_stays_as_it_is(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path, corpus="/mnt/data/corpus.jsonl")
+    assert tmp_path / "corpus.jsonl" not in sut.pack(file, study, "/mnt/store", shared=False).files
+
+
+def test_a_missing_file_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path, corpus="absent.jsonl")
+    with pytest.raises(SpecError, match=r"corpora\.c\.path: .*absent\.jsonl does not exist"):
+        sut.pack(file, study, "/mnt/store", shared=False)
+
+
+def test_more_than_ray_uploads_is_refused_and_the_largest_file_named(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    file, study = write_study(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text("x" * 4000)
+    monkeypatch.setattr(sut, "UPLOAD_LIMIT", 3000)
+    with pytest.raises(SpecError, match="largest: corpus.jsonl"):
+        sut.pack(file, study, "/mnt/store", shared=False)
+
+
+@pytest.mark.parametrize("store", [None, "results"])
+def test_an_uploaded_study_needs_a_store_that_outlives_the_job(tmp_path: Path, store: str | None) -> None:
+    file, study = write_study(tmp_path)
+    with pytest.raises(SpecError, match="--store with an absolute path"):
+        sut.pack(file, study, store, shared=False)
+
+
+def test_a_shared_study_runs_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, study = write_study(tmp_path / "jobs", corpus="../corpus.jsonl")
+    monkeypatch.chdir(tmp_path)
+    package = sut.pack(Path("jobs/study.yaml"), study, None, shared=True)
+    assert package.study == str(file) and package.files == ()
+    assert package.store == str(tmp_path / "portllm-store")
+    assert sut.runtime_env(package, tmp_path / "unused", source=None) == {}
+
+
+def test_the_entrypoint_survives_the_shell(tmp_path: Path) -> None:
+    package = sut.Package("my study.yaml", "/mnt/store", (), tmp_path)
+    line = sut.entrypoint(package, ["lineages.l.updates=[{tokens: 5}]", "name=a b"])
+    assert shlex.split(line) == ["python", "-m", "portllm", "run", "my study.yaml", "--yes", "--address", "auto",
+                                 "--store", "/mnt/store", "-o", "lineages.l.updates=[{tokens: 5}]", "-o", "name=a b"]
+
+
+def test_the_token_is_found_where_ray_keeps_it(tmp_path: Path) -> None:
+    assert sut.auth_headers({}, tmp_path) == {}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("from-home\n")
+    (tmp_path / "token").write_text("from-file")
+    by_path = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert sut.auth_headers({}, tmp_path) == {"Authorization": "Bearer from-home"}
+    assert sut.auth_headers(by_path, tmp_path) == {"Authorization": "Bearer from-file"}
+    assert sut.auth_headers(by_path | {"RAY_AUTH_TOKEN": "given"}, tmp_path) == {"Authorization": "Bearer given"}
+    assert sut.auth_headers({"RAY_AUTH_MODE": "disabled"}, tmp_path) == {}
+
+
+@pytest.mark.parametrize("given, asked", [("head:8265", "http://head:8265"), ("http://h:1", "http://h:1"),
+                                          ("auto", "auto"), (None, None)])
+def test_a_bare_host_and_port_is_the_dashboard(given: str | None, asked: str | None) -> None:
+    assert sut.dashboard_url(given) == asked
+
+
+def test_an_address_given_in_so_many_words_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
+    with pytest.raises(EngineError, match=r"no Ray dashboard at 127\.0\.0\.1:9 .*--address"):
+        sut.jobs("127.0.0.1:9")
+
+
+def test_job_ids_are_readable_and_new_every_time() -> None:
+    first, second = sut.job_id("tiny", now=0), sut.job_id("tiny", now=0)
+    assert first.startswith("portllm-tiny-19700101-000000-") and first != second
+
+
+def test_a_log_that_was_cut_is_not_written_twice() -> None:
+    class Client:
+        calls = 0
+
+        async def tail_job_logs(self, _: str):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            yield "one\n"
+            if self.calls == 1:
+                raise RuntimeError("connection closed")
+            yield "two\n"
+
+    import asyncio
+
+    written: list[str] = []
+    client = Client()
+    shown = asyncio.run(sut._tail(client, "job", 0, written.append))  # type: ignore[arg-type]
+    shown = asyncio.run(sut._tail(client, "job", shown, written.append))  # type: ignore[arg-type]
+    assert "".join(written) == "one\ntwo\n" and shown == 8
+
+
+def test_a_job_that_is_not_ours_is_listed_without_a_study() -> None:
+    details = SimpleNamespace(submission_id="x", status="STOPPED", metadata=None, start_time=1000, end_time=3000,
+                              message=None)
+    job = sut._job(details)
+    assert (job.study, job.status, job.wall_s) == ("", "STOPPED", 2.0)
