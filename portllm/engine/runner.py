@@ -135,7 +135,8 @@ class Runner:
         self.schedule.start(step)
         slot.step = step
         slot.resident = step.version or slot.resident
-        self.running[slot.actor.run.remote(job_for(step, self.plan, self.store))] = slot
+        job = job_for(step, self.plan, self.store)
+        self.running[slot.actor.run.options(name=step.label).remote(job)] = slot  # Ray's own events bear the label
 
     def _wanted_size(self) -> Size | None:
         """Size of a worker that more ready steps ask for than idle workers of that size could take."""
@@ -177,7 +178,8 @@ class Runner:
             self.budget.hold(node, rank)
         self.schedule.start(step)
         self.report.process_starts += step.layout.workers
-        reference = run_gang.remote(job_for(step, self.plan, self.store), str(self.scratch))
+        job = job_for(step, self.plan, self.store)
+        reference = run_gang.options(name=step.label).remote(job, str(self.scratch))
         self.running[reference] = Gang(step, nodes)
 
     @property

@@ -174,6 +174,9 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise ResolveError(f"{directory}: no such model directory")
+    if (directory / "adapter_config.json").is_file() and any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        # transformers would load the adapter on top of the model, without a word
+        raise ResolveError(f"{directory}: holds a model and an adapter; move the adapter to a directory of its own")
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():

@@ -99,14 +99,21 @@ def _block(members: Sequence[Verdict], among: Sequence[Verdict]) -> dict[str, An
     names, times = list(dict.fromkeys(v.name for v in members)), sorted({v.t for v in members})
     at = {(v.name, v.t): v for v in members}
     rows = [
-        {"task": name, "metric": _metric(name, at), "cells": [_scored(at.get((name, t))) for t in times]}
+        {
+            "task": name,
+            "metric": next(v.metric for v in members if v.name == name),
+            "cost": _price([v for v in members if v.name == name]),
+            "cells": [_scored(at.get((name, t))) for t in times],
+        }
         for name in names
     ]
     return {"title": title(members[0], among), "times": times, "rows": rows}
 
 
-def _metric(name: str, at: Mapping[tuple[str, int], Verdict]) -> str:
-    return next(verdict.metric for (task, _), verdict in at.items() if task == name)
+def _price(members: Sequence[Verdict]) -> str | None:
+    """What one refit of this patch takes, mean over the versions."""
+    known = [v.refit_device_s for v in members if v.t and v.refit_device_s is not None]
+    return text.seconds(sum(known) / len(known)) if known else None
 
 
 def _scored(verdict: Verdict | None) -> dict[str, Any] | None:
@@ -125,7 +132,6 @@ def _scored(verdict: Verdict | None) -> dict[str, Any] | None:
         "lead": text.difference(verdict.regret, -verdict.scale),
         "interval": text.interval(verdict.regret, verdict.scale),
         "sure": text.chance(verdict.sure),
-        "cost": text.seconds(verdict.refit_device_s),
     }
 
 

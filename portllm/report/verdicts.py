@@ -101,7 +101,7 @@ def verdicts(
     margin: float = MARGIN,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Every verdict of the results, sorted by model, lineage, rank, t, task.
+    """Every verdict of the results by model, lineage, rank, t and task; names in the order the rows bring them.
 
     Without `items` (or where a metric is no mean over documents) arms are compared unpaired. Raises SpecError where two
     arms were scored on different documents.
@@ -135,7 +135,10 @@ def _groups(rows: Iterable[Row]) -> list[tuple[Group, dict[str, list[Row]]]]:
     """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype."""
     bare: dict[tuple[Any, ...], list[Row]] = {}
     groups: dict[Group, dict[str, list[Row]]] = {}
+    seen: dict[str, int] = {}
     for row in (r for r in rows if r["primary"] and r["arm"] in ARMS):
+        for name in (row["model"], row["lineage"], row["task"]):
+            seen.setdefault(name, len(seen))
         place = (row["model"], row["lineage"], row["t"], row["task"], row["num_fewshot"])
         if row["arm"] == "none":
             bare.setdefault((*place, row["dtype"]), []).append(row)
@@ -149,12 +152,12 @@ def _groups(rows: Iterable[Row]) -> list[tuple[Group, dict[str, list[Row]]]]:
     for group, arms in groups.items():
         if (*group[:5], group[7]) in bare:
             arms["none"] = bare[(*group[:5], group[7])]
-    return sorted(groups.items(), key=lambda entry: _order(entry[0]))
+    return sorted(groups.items(), key=lambda entry: _order(entry[0], seen))
 
 
-def _order(group: Group) -> tuple[Any, ...]:
+def _order(group: Group, seen: Mapping[str, int]) -> tuple[Any, ...]:
     model, lineage, t, task, shots, rank, apply, dtype = group
-    return (model, lineage, rank or 0, apply, dtype, t, task, -1 if shots is None else shots)
+    return (seen[model], seen[lineage], rank or 0, apply, dtype, t, seen[task], -1 if shots is None else shots)
 
 
 def _verdict(

@@ -7,7 +7,7 @@ from pathlib import Path
 from portllm.errors import ResolveError
 from portllm.formats import adapter, tensors
 from portllm.resolve import shapes
-from portllm.resolve.source import Sources
+from portllm.resolve.source import Sources, about
 from portllm.study.facts import ModelFacts, PatchFacts, Shape
 from portllm.study.spec import Model
 
@@ -39,7 +39,9 @@ def directory_facts(path: Path, sources: Sources) -> ModelFacts:
 def model_facts(name: str, model: Model, sources: Sources) -> ModelFacts:
     """A model of the study."""
     if model.path:
-        return directory_facts(sources.directory(model.path, f"models.{name}.path"), sources)
+        directory = sources.directory(model.path, f"models.{name}.path")
+        with about(f"models.{name}.path"):
+            return directory_facts(directory, sources)
     if model.gguf:
         file = sources.file(model.gguf, f"models.{name}.gguf", mend="`make gemma` fetches the one the examples use")
         with file.open("rb") as stream:
@@ -71,7 +73,8 @@ def _defaults(config: Mapping[str, object]) -> dict[str, object]:
 def version_facts(where: str, path: str, base: ModelFacts, sources: Sources) -> ModelFacts:
     """A given version: a model directory with the base's tensor names and shapes."""
     directory = sources.directory(path, where)
-    facts = directory_facts(directory, sources)
+    with about(where):
+        facts = directory_facts(directory, sources)
     if base.root is not None:
         _require_same(where, directory, Path(base.root.path))
     return facts
@@ -91,12 +94,11 @@ def _require_same(where: str, version: Path, base: Path) -> None:
 def patch_facts(where: str, path: str, models: Mapping[str, ModelFacts], sources: Sources) -> PatchFacts:
     """A PEFT adapter that must fit every model it is meant for."""
     directory = sources.directory(path, where)
-    read = adapter.read_adapter(directory)
+    with about(where):
+        read = adapter.read_adapter(directory)
     for name, facts in models.items():
         if facts.root is not None:
-            try:
+            with about(f"{where}: {directory} does not fit model `{name}`"):
                 adapter.require_fits(read, tensors.model_tensors(Path(facts.root.path)))
-            except ResolveError as error:
-                raise ResolveError(f"{where}: {directory} does not fit model `{name}`: {error}") from None
     ranks = sorted({t.rank for t in read.targets.values()}, reverse=True)
     return PatchFacts(sources.given("patch", directory, tensors.content_files(directory)), rank=ranks[0])

@@ -1,6 +1,7 @@
 """Files a study names: found relative to the study file, checked, digested, and remembered for the cache of facts."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,3 +56,12 @@ class Sources:
     def note(self, path: Path) -> None:
         """Remember a path for the cache of facts."""
         self.seen[str(path)] = stat_signature(path)
+
+
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """Errors of what is read inside name the study's field as well."""
+    try:
+        yield
+    except ResolveError as error:
+        raise ResolveError(f"{field}: {error}") from None

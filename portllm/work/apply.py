@@ -36,8 +36,8 @@ from portllm.work.patches import DTYPES, Applied, Patches, add, read_patches, re
 _SAFETENSORS = {torch_name: name for name, torch_name in STORAGE.items()}
 _FLOATING = frozenset({*STORAGE, "F64"})
 _COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
-_OURS = frozenset({INDEX, "config.json", "provenance.json", "version.json"})
-"""Files written anew, or true of the source only."""
+_OURS = frozenset({"config.json", "provenance.json", "version.json"})
+"""Files written anew, or true of the source only (and every index of shards)."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _copy_companions(source: Source, out: Path) -> None:
     """Tokenizer, generation config, licence: the small files that make a model directory complete."""
     for file in sorted(source.directory.iterdir()):
         wanted = file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE"))
-        if wanted and file.is_file() and file.name not in _OURS:
+        ours = file.name in _OURS or file.name.endswith(".index.json")
+        if wanted and file.is_file() and not ours:
             shutil.copyfile(file, out / file.name)
 
 

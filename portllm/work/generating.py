@@ -18,6 +18,9 @@ from portllm.work.scoring import Head, body, max_length
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
+_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
+          "suppress_tokens": [], "bad_words_ids": [], "forced_eos_token_id": None}  # fmt: skip
+"""Settings of a generation_config.json that would move a greedy choice, and their values that do not."""
 _GREEDY = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
 
 
@@ -26,6 +29,8 @@ class Stops:
     """When a text ends, and where it is cut."""
 
     until: tuple[str, ...]
+    room: int
+    """Tokens of the window kept free for the text."""
     tokens: int
     """At most so many new ones."""
     ends: frozenset[int]
@@ -38,10 +43,10 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> t
     A batch's prompts hold at most `budget` tokens with their padding. Raises StageError for what is not greedy.
     """
     stops = _stops(requests.meta["generation"] or {}, model, tokenizer)
-    room = max_length(model, requests) - stops.tokens
+    room = max_length(model, requests) - stops.room
     if room < 1:
-        raise StageError(f"task `{requests.meta['task']}` generates up to {stops.tokens} tokens, and the model's "
-                         f"window of {room + stops.tokens} leaves no room for a prompt")  # fmt: skip
+        raise StageError(f"task `{requests.meta['task']}` generates up to {stops.room} tokens, and the model's "
+                         f"window of {room + stops.room} leaves no room for a prompt")  # fmt: skip
     head = Head(model)
     texts = [""] * len(requests)
     with torch.inference_mode():
@@ -59,13 +64,15 @@ def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:
     if kwargs.get("do_sample") or kwargs.get("temperature") or set(kwargs) - _GREEDY:
         raise StageError(f"only greedy generation is supported; the task asks for {dict(arguments)}")
     config = model.generation_config
-    if (config.repetition_penalty or 1.0) != 1.0 or config.no_repeat_ngram_size or (config.num_beams or 1) != 1:
-        raise StageError("the model's generation_config.json asks for more than greedy generation: remove it")
+    if odd := [name for name, plain in _PLAIN.items() if getattr(config, name, None) not in (None, plain)]:
+        raise StageError(f"the model's generation_config.json sets {', '.join(odd)}: only greedy generation is supported")
     ends = config.eos_token_id
     eos = tokenizer.decode(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else None
     return Stops(
         until=tuple(term for term in handle_stop_sequences(list(kwargs["until"]), eos) if term),
-        tokens=int(kwargs["max_gen_toks"]),
+        room=int(kwargs["max_gen_toks"]),
+        # HFLM sets generate()'s total length, over which the model's own max_new_tokens wins.
+        tokens=int(config.max_new_tokens or kwargs["max_gen_toks"]),
         ends=frozenset([] if ends is None else ends if isinstance(ends, list) else [ends]),
     )
 

@@ -194,6 +194,13 @@ def test_a_directory_without_safetensors_weights_is_refused_with_the_mend(
         model_tensors(tmp_path)
 
 
+def test_a_model_and_an_adapter_in_one_directory_are_refused(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(1, "f4")}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ResolveError, match="a model and an adapter"):
+        model_tensors(tmp_path)
+
+
 def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResolveError, match="no such model directory"):
         model_tensors(tmp_path / "none")

@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "llama-float32" / "tokenizer.json").write_text("{}")
     (root / "llama-float32" / "provenance.json").write_text("{}")
     (root / "llama-float32" / "pytorch_model.bin").write_bytes(b"pickled")
+    (root / "llama-float32" / "pytorch_model.bin.index.json").write_text("{}")
     return root
 
 

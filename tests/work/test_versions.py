@@ -34,9 +34,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for dtype in ("float32", "bfloat16"):
             save_model(root / f"{name}-{dtype}", name, DTYPES[dtype])
         for seed, adapter in enumerate(("d1", "d2", "p1", "p2")):
-            save_adapter(
-                root / f"{name}-{adapter}", root / f"{name}-float32", seed, r=2 + seed, use_rslora=seed % 2 == 1
-            )
+            # Dropout must not act: a version under a patch is in eval mode.
+            shape = {"r": 2 + seed, "use_rslora": seed % 2 == 1, "lora_dropout": 0.5}
+            save_adapter(root / f"{name}-{adapter}", root / f"{name}-float32", seed, **shape)
     return root
 
 

@@ -24,10 +24,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero0": {"layout": Layout(zero=0)},
     "zero1": {"layout": Layout(micro_batch=2)},
     "zero2_lora": {"layout": Layout(), "trains": "lora"},
-    "zero3": {"layout": Layout(zero=3, micro_batch=2)},
     "ragged": {"layout": Layout(zero=3, micro_batch=1), "batch": 3},
 }
-"""What two ranks do; the first five letters of a name say the expected ZeRO stage, except for `ragged`."""
+"""What two ranks do. In `ragged` they have 2 sequences and 1, in the last batch 1 and none, under ZeRO-3."""
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

@@ -1,0 +1,158 @@
+"""Resolving: every refusal that can be known before spending, what is remembered, what is screened."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from portllm.errors import ResolveError, SpecError
+from portllm.resolve.resolver import open_study
+from portllm.study.plan import make_plan
+from tests.toys import STUDY, write_corpus, write_model, write_parquet, write_patch, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "w")
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """A world of one's own to break."""
+    shutil.copytree(world.parent, tmp_path / "w")
+    return tmp_path / "w" / "study.yaml"
+
+
+def keys(file, *overrides):
+    return set(make_plan(*open_study(file, list(overrides))).steps)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("models.m.path=nowhere", r"models\.m\.path: .*nowhere does not exist"),
+    ("models.m={gguf: study.yaml}", "is not a GGUF file"),
+    ("models.m={gguf: none.gguf}", r"models\.m\.gguf: .*does not exist.*make gemma"),
+    ("corpora.c.path=none.txt", r"corpora\.c\.path: .*does not exist"),
+    ("corpora.c={path: study.yaml, text: x}", "none of .parquet"),
+    ("corpora.c={path: data/mood/train.parquet, text: sentense}", "no column `sentense`; its columns: sentence, label, idx"),
+    ("corpora.c={path: data/mood/train.parquet, template: '{sentence} {lable}'}", "no column `lable`"),
+    ("corpora.c={path: data/mood/train.parquet, template: 'plain'}", "names no column"),
+    ("corpora.c={generator: nope, documents: 3}", r"corpora\.c: .*nope"),
+    ("tasks=[moood]", "did you mean|has no directory `moood`"),
+    ("tasks=[{task: mood, include_path: nowhere}]", "include_path"),
+    ("data_root=model", "has no directory `mood`"),
+    ("patches={mood: model}", "patches"),
+    ("lineages.soft.updates=[{path: data}]", r"lineages\.soft\.updates\[0\]\.path|weights"),
+])
+def test_what_a_study_names_must_exist_and_fit(world, override, message):
+    with pytest.raises((ResolveError, SpecError), match=message):
+        open_study(world, [override])
+
+
+def test_an_empty_corpus_is_refused(copy):
+    (copy.parent / "corpus.txt").write_text("\n \n")
+    with pytest.raises(ResolveError, match="is empty"):
+        open_study(copy)
+
+
+def test_a_model_without_weights_is_refused(copy):
+    (copy.parent / "model" / "model.safetensors").unlink()
+    with pytest.raises(ResolveError, match="without weights"):
+        open_study(copy)
+
+
+@pytest.mark.parametrize("file", ["train", "validation"])
+def test_a_label_outside_the_choices_names_task_and_file(copy, file):
+    rows = [{"sentence": "it was good", "label": 1, "idx": 0}, {"sentence": "it was bad", "label": 2, "idx": 1}]
+    write_parquet(copy.parent / "data" / "mood" / f"{file}.parquet", rows)
+    with pytest.raises(ResolveError, match=rf"`mood`.*{file}\.parquet"):
+        open_study(copy)
+
+
+def test_a_missing_column_of_a_task_is_named(copy):
+    write_parquet(copy.parent / "data" / "mood" / "validation.parquet", [{"text": "it was good", "label": 1}])
+    with pytest.raises(ResolveError, match="`mood`.*sentence"):
+        open_study(copy)
+
+
+def test_a_patch_of_another_architecture_is_refused(copy):
+    other = write_model(copy.parent / "other", hidden=16)
+    write_patch(copy.parent / "patch", other)
+    with pytest.raises(ResolveError, match=r"patches\.mood\[0\].*does not fit model `m`"):
+        open_study(copy, ["patches={mood: patch}"])
+
+
+def test_a_given_version_must_have_the_same_tensors(copy):
+    write_model(copy.parent / "v1", layers=3)
+    with pytest.raises(ResolveError, match="not a version of"):
+        open_study(copy, ["lineages.soft.updates=[{path: v1}]"])
+
+
+def test_a_key_follows_content_and_not_place(copy, tmp_path):
+    before = keys(copy)
+    shutil.move(copy.parent, tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "study.yaml"
+    assert keys(moved) == before
+    write_corpus(moved.parent / "corpus.txt", documents=201)
+    assert keys(moved) != before
+
+
+def test_a_second_look_reads_no_file_again(copy, monkeypatch):
+    first = open_study(copy)
+    monkeypatch.setattr("portllm.resolve.resolver.resolve", lambda *a: pytest.fail("resolved again"))
+    assert open_study(copy) == first
+    (copy.parent / "model" / "config.json").touch()
+    with pytest.raises(pytest.fail.Exception):
+        open_study(copy)
+
+
+def test_a_planted_overlap_is_dropped_from_the_corpus_and_counted(copy):
+    import pyarrow.parquet
+
+    row = pyarrow.parquet.read_table(copy.parent / "data" / "mood" / "validation.parquet").to_pylist()[3]
+    prompt = f"{row['sentence']}  question :  positive or negative ? answer : good"
+    write_corpus(copy.parent / "corpus.txt", documents=50, extra=("it was nice", f"hello {prompt} bye"))
+    _, facts = open_study(copy)
+    assert facts.corpora["c"].excluded == (51,)
+    assert facts.notes == ("corpus c: 1 documents hold an evaluated prompt and are left out",)
+
+
+def test_an_unpinned_hub_id_gives_a_plan_that_does_not_run(copy):
+    study, facts = open_study(copy, ["models.m={hub: a/b, shape: mistral-7b-v0.1}"])
+    assert facts.unpinned == ("model:a/b",)
+    assert make_plan(study, facts).unpinned == ("model:a/b",)
+    pinned = open_study(copy, [f"models.m={{hub: a/b, revision: {'a' * 40}}}"])[1]
+    assert pinned.unpinned == ()
+
+
+def test_a_lock_pins_what_the_study_leaves_open(copy):
+    lock = copy.with_name("study.lock.json")
+    lock.write_text(json.dumps({"pins": {"model:a/b": "1" * 40}}))
+    study, facts = open_study(copy, ["models.m={hub: a/b}"])
+    assert facts.unpinned == () and study.models["m"].revision == "1" * 40
+    lock.write_text(json.dumps({"pins": {"model:a/b": "main"}}))
+    with pytest.raises(ResolveError, match="not a full commit sha"):
+        open_study(copy, ["models.m={hub: a/b}"])
+
+
+def test_planning_imports_neither_torch_nor_ray(world, tmp_path):
+    script = (f"import sys; from portllm.cli import main\n"
+              f"try: main(['plan', {str(world)!r}, '--store', {str(tmp_path)!r}])\n"
+              "finally: print(sorted({'torch', 'ray', 'transformers', 'mlflow', 'deepspeed'} & sys.modules.keys()))")
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
+                           env={"PATH": "", "PORTLLM_CACHE": str(tmp_path / "cold")})
+    assert found.stdout.rstrip().endswith("[]"), found.stdout
+
+
+def test_the_studies_that_ship_are_valid():
+    from pathlib import Path
+
+    from portllm.study.spec import load
+
+    jobs = Path(__file__).parents[2] / "jobs"
+    files = sorted(jobs.glob("*.yaml"))
+    assert {f.stem for f in files} >= {"gemma", "paper", "sequential", "small_real"}
+    for file in files:
+        load(file.read_text(), str(file))
+    assert STUDY
