@@ -112,7 +112,8 @@ def legend(verdicts: Sequence[Verdict]) -> str:
     margin = text.points(verdicts[0].margin) if verdicts else ""
     return (
         "Scores in points ± one standard error, means over seeds; port−refit is paired by document. "
-        f"port: loses less than {margin} points, 95 % sure. refit: surely loses that or more. unsure: neither is shown."
+        f"port: surely loses less than {margin} points. refit: surely loses something, by the estimate {margin} points "
+        "or more. unsure: neither is shown (95 % intervals over documents and seeds)."
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from portllm.errors import StoreError
+from portllm.report.costs import device_s
 from portllm.report.statistics import (
     MARGIN,
     Comparison,
@@ -113,8 +114,8 @@ def verdicts(
 
 
 def device_seconds(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Step key → wall seconds times devices."""
-    return {s["key"]: float(s["wall_s"]) * int(s.get("devices") or 1) for s in steps if s.get("wall_s") is not None}
+    """Step key → device seconds."""
+    return {step["key"]: spent for step in steps if (spent := device_s(step)) is not None}
 
 
 def scores(table: pa.Table, kind: str | None) -> Scores | None:

@@ -65,5 +65,6 @@ def training(step: Any, store: Store) -> dict[str, Any]:
         "stage": step.stage, "key": step.key, "label": step.label, "coordinates": dict(step.coordinates),
         "wall_s": record["wall_s"], "summary": record["summary"], "curve": [json.loads(line) for line in lines],
         "devices": record["devices"], "recipe": record["payload"]["recipe"],
+        "inputs": record["payload"]["inputs"], "finished_at": record["started"] + record["wall_s"],
         "path": str(store.path(step.stage, step.key)),
     }

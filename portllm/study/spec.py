@@ -318,7 +318,7 @@ class ExportChoice(Strict):
 class ReportSettings(Strict):
     """How the report decides."""
 
-    margin: float = Field(0.01, gt=0, lt=1)
+    margin: float = Field(0.02, gt=0, lt=1)
     """Accuracy a port may lose against a refit and still count as equal."""
 
 

@@ -1,0 +1,285 @@
+"""lm-eval's tasks, found, built and checked: real definitions over real and made-up data."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from portllm.errors import ResolveError
+from portllm.formats import lmeval
+from portllm.formats.lmeval import TaskSource
+from tests.toys import write_parquet, write_tasks
+
+SENTENCES = [{"sentence": "it was good", "label": 1}, {"sentence": "it was  bad", "label": 0}]
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    """Data of the task sst2, two rows each."""
+    return data(tmp_path / "sst2", SENTENCES, SENTENCES)
+
+
+def data(path: Path, train: list[dict] | None, validation: list[dict]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if train is not None:
+        write_parquet(path / "train.parquet", train)
+    write_parquet(path / "validation.parquet", validation)
+    return path
+
+
+def pairs(source: TaskSource) -> list[lmeval.Pair]:
+    return list(lmeval.training_pairs(lmeval.build(source)))
+
+
+# --------------------------------------------------------------------------------------------------------- definitions
+
+
+def test_built_in_tasks_are_found_where_lm_eval_defines_them():
+    for name, file in {"sst2": "glue/sst2/default.yaml", "gsm8k": "gsm8k/gsm8k.yaml", "mmlu": "mmlu/default/_mmlu.yaml"}.items():
+        assert lmeval.locate(name).as_posix().endswith(f"lm_eval/tasks/{file}")
+
+
+def test_the_users_own_definition_comes_before_lm_evals(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: sst2\n")
+    assert lmeval.locate("sst2", tmp_path) == tmp_path / "mine.yaml"
+    assert lmeval.locate("rte", tmp_path) == lmeval.locate("rte")
+
+
+def test_an_unknown_task_names_the_nearest_ones():
+    with pytest.raises(ResolveError, match=r"no task `winogrand`: did you mean `winogrande`"):
+        lmeval.locate("winogrand")
+
+
+def test_an_include_path_that_is_no_directory_is_refused(tmp_path):
+    with pytest.raises(ResolveError, match="is not a directory"):
+        lmeval.locate("sst2", tmp_path / "nowhere")
+
+
+def test_groups_and_tags_expand_to_tasks_but_not_where_they_change_them():
+    assert lmeval.expand("sst2") == ["sst2"]
+    assert lmeval.expand("ai2_arc") == ["arc_challenge", "arc_easy"]  # a tag
+    assert "sst2" in lmeval.expand("glue") and len(lmeval.expand("mmlu")) == 57
+    with pytest.raises(ResolveError, match="group `openllm` changes its members"):
+        lmeval.expand("openllm")
+    with pytest.raises(ResolveError, match="is a group: name its tasks: mmlu_"):
+        lmeval.build(TaskSource("mmlu"))
+
+
+def test_definition_digest_follows_includes_and_functions_and_nothing_else(tmp_path):
+    (tmp_path / "base.yml").write_text("output_type: multiple_choice\n")
+    (tmp_path / "mine.yaml").write_text("include: base.yml\ntask: mine\ndoc_to_text: !function words.text\n")
+    (tmp_path / "words.py").write_text("import helper\ndef text(doc): return helper.x\n")
+    (tmp_path / "helper.py").write_text("x = 'a'\n")
+    digests = [lmeval.definition_digest(tmp_path / "mine.yaml")]
+    for name in ("base.yml", "words.py", "helper.py", "mine.yaml"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        digests.append(lmeval.definition_digest(tmp_path / "mine.yaml"))
+    assert len(set(digests)) == 5
+    (tmp_path / "stranger.py").write_text("")
+    assert lmeval.definition_digest(tmp_path / "mine.yaml") == digests[-1]
+
+
+def test_an_index_kept_for_another_tree_is_made_anew(monkeypatch, tmp_path):
+    from portllm.formats import lmeval_index
+
+    monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lmeval_index, "_scanned", {})
+    monkeypatch.setattr(lmeval_index, "_tasks_root", lambda: tmp_path / "tasks")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "one.yaml").write_text('"task": "one"  # quoted\ntag:\n  - all\n')
+    assert lmeval.locate("one") == tmp_path / "tasks" / "one.yaml"
+    (tmp_path / "tasks" / "two.yaml").write_text("task: two\ntag: [all]\n")
+    lmeval_index._scanned.clear()  # another process
+    assert lmeval.locate("two") == tmp_path / "tasks" / "two.yaml"
+    assert lmeval.expand("all") == ["one", "two"]
+
+
+def test_neither_finding_nor_checking_a_task_loads_torch(sst2):
+    script = f"""
+import sys
+from pathlib import Path
+from portllm.formats import lmeval
+lmeval.locate("sst2"), lmeval.definition_digest(lmeval.locate("winogrande"))
+assert not {{"lm_eval", "datasets", "torch"}} & set(sys.modules)
+lmeval.check(lmeval.TaskSource("sst2", data=Path({str(sst2)!r})), training=True)
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def test_facts_of_a_task_are_json(sst2):
+    facts = lmeval.check(TaskSource("sst2", data=sst2), training=True)
+    assert json.loads(json.dumps(asdict(facts)))["metrics"] == ["acc"]
+    assert (facts.output_type, facts.metric, facts.filter, facts.split) == ("multiple_choice", "acc", "none", "validation")
+    assert (facts.documents, facts.training, facts.num_fewshot, facts.choices) == (2, 2, 0, 2)
+    assert facts.template.startswith("{{sentence}}")
+
+
+def test_validation_rows_serve_whichever_split_the_task_evaluates(tmp_path):
+    rows = [{"question": f"{i}+1?", "answer": f"so {i + 1}\n#### {i + 1}"} for i in range(8)]
+    task = lmeval.build(TaskSource("gsm8k", data=data(tmp_path, rows[:6], rows[6:])))
+    assert lmeval.documents(task) == rows[6:] and lmeval.training_documents(task) == rows[:6]
+    assert lmeval.primary(task) == ("exact_match", "strict-match")
+    assert task.config.num_fewshot == 5
+    assert lmeval.build(TaskSource("gsm8k", data=tmp_path, num_fewshot=0)).config.num_fewshot == 0
+
+
+def test_changed_rows_are_seen_at_once(sst2):
+    lmeval.build(TaskSource("sst2", data=sst2))
+    data(sst2, SENTENCES, [{"sentence": "quite another one", "label": 1}])
+    task = lmeval.build(TaskSource("sst2", data=sst2))
+    assert [doc["sentence"] for doc in lmeval.documents(task)] == ["quite another one"]
+
+
+def test_rows_are_those_of_a_plain_data_set(sst2):
+    import datasets
+
+    task = lmeval.build(TaskSource("sst2", data=sst2))
+    plain = datasets.Dataset(pq.read_table(sst2 / "validation.parquet"))
+    assert lmeval.documents(task) == list(plain)
+    assert list(task.task_docs.shuffle(seed=3)) == list(plain.shuffle(seed=3))
+    assert list(task.task_docs.with_format("numpy"))[0]["label"] == 1
+
+
+def test_a_task_without_train_parquet_can_be_evaluated_and_not_trained_on(tmp_path):
+    source = TaskSource("sst2", data=data(tmp_path, None, SENTENCES))
+    assert lmeval.check(source, training=True).training == 0
+    with pytest.raises(ResolveError, match=r"no training documents: add train\.parquet"):
+        pairs(source)
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ([], r"validation.parquet holds no rows"),
+        ([{"text": "a", "label": 1}], r"validation.parquet has no column `sentence`"),
+        ([{"sentence": "a", "class": 1}], r"validation.parquet has no column `label`, which doc_to_target reads"),
+        ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 2}], r"document 1: column `label` holds 2, which is none of"),
+        ([{"sentence": "a", "label": -1}], r"document 0: column `label` holds -1"),
+        ([{"sentence": "a", "label": "maybe"}], r"column `label` holds 'maybe', which is none of the choices \['neg"),
+    ],
+)
+def test_malformed_data_name_task_file_and_column(tmp_path, validation, message):
+    schema = None if validation else pa.schema([("sentence", pa.string()), ("label", pa.int64())])
+    data(tmp_path, SENTENCES, SENTENCES)
+    pq.write_table(pa.Table.from_pylist(validation, schema=schema), tmp_path / "validation.parquet")
+    with pytest.raises(ResolveError, match="`sst2`.*" + message):
+        lmeval.check(TaskSource("sst2", data=tmp_path))
+
+
+def test_training_rows_are_looked_at_too(tmp_path):
+    source = TaskSource("sst2", data=data(tmp_path, [*SENTENCES, {"sentence": "c", "label": 7}], SENTENCES))
+    lmeval.check(source)
+    with pytest.raises(ResolveError, match=r"train.parquet, document 2: column `label` holds 7"):
+        lmeval.check(source, training=True)
+    data(tmp_path, [{"words": "c", "label": 1}], SENTENCES)
+    with pytest.raises(ResolveError, match=r"train.parquet, document 0: .*sentence"):
+        lmeval.check(source, training=True)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ResolveError, match=r"there is no .*validation\.parquet"):
+        lmeval.build(TaskSource("sst2", data=tmp_path))
+    (tmp_path / "validation.parquet").write_text("not parquet")
+    with pytest.raises(ResolveError, match=r"validation\.parquet cannot be read as parquet"):
+        lmeval.build(TaskSource("sst2", data=tmp_path))
+
+
+def test_hub_data_out_of_reach_say_what_to_do(monkeypatch, tmp_path):
+    import datasets
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub (offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ResolveError, match=r"`sst2`: its data set cannot be read from the hub.*data_root/sst2"):
+        lmeval.build(TaskSource("sst2", revision="0" * 40))
+
+
+def test_labels_a_function_looks_up_are_named_by_their_column(tmp_path):
+    rows = [{"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve", "answer": a} for a in "13"]
+    with pytest.raises(ResolveError, match=r"document 1: column `answer` holds '3', which is none of the choices"):
+        lmeval.check(TaskSource("winogrande", data=data(tmp_path, rows[:1], rows)))
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_multiple_choice_trains_on_the_gold_choice(sst2):
+    first = pairs(TaskSource("sst2", data=sst2))[0]
+    assert first.context == "it was good\nQuestion: Is this sentence positive or negative?\nAnswer:"
+    assert (first.doc_id, first.continuation, first.prompts) == (0, " positive", (first.context,))
+
+
+def test_choices_that_fill_a_gap_train_on_the_gold_context(tmp_path):
+    rows = [{"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve", "answer": "2"}]
+    pair = pairs(TaskSource("winogrande", data=data(tmp_path, rows, rows)))[0]
+    assert (pair.context, pair.continuation) == ("Ann saw Eve because Eve", " was near.")
+    assert pair.prompts == ("Ann saw Eve because Ann was near.", "Ann saw Eve because Eve was near.")
+
+
+def test_generation_trains_on_the_answer_without_a_few_shot_header(tmp_path):
+    rows = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(7)]
+    pair = pairs(TaskSource("gsm8k", data=data(tmp_path, rows, rows)))[3]
+    assert (pair.context, pair.continuation) == ("Question: 3+1?\nAnswer:", " #### 4")
+
+
+def test_log_likelihood_and_answers_of_several_kinds_train_as_lm_eval_writes_them(tmp_path):
+    shared = "dataset_path: parquet\ntraining_split: train\nvalidation_split: validation\nmetric_list: [{metric: exact_match}]\n"
+    rows = [{"a": "one", "b": ["two", "deux"]}]
+    data(tmp_path / "data", rows, rows)
+    tasks = {
+        "say": "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: '{{b[0]}}'\n",
+        "gen": "output_type: generate_until\ndoc_to_text: a\ndoc_to_target: '{{b}}'\ngen_prefix: 'In French:'\n",
+        "pick": "output_type: multiple_choice\ndoc_to_text: a\ndoc_to_choice: b\ndoc_to_target: deux\n",
+    }
+    found = {}
+    for name, text in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{shared}{text}")
+        found[name] = pairs(TaskSource(name, definition=tmp_path, data=tmp_path / "data"))[0][2:]
+    assert found == {"say": ("one", "two"), "gen": ("one In French:", " two"), "pick": ("one", " deux")}
+
+
+def test_prompts_fold_and_hash_past_white_space():
+    assert lmeval.fold(" a\n\n b\tc ") == "a b c"
+    assert lmeval.prompt_hash("a  b\n") == lmeval.prompt_hash("a b") != lmeval.prompt_hash("ab")
+
+
+def test_folded_prompts_hold_no_label_and_no_number(sst2):
+    before = lmeval.folded_prompts(lmeval.build(TaskSource("sst2", data=sst2)))
+    data(sst2, SENTENCES, [row | {"label": 1 - row["label"], "idx": 9} for row in SENTENCES])
+    assert lmeval.folded_prompts(lmeval.build(TaskSource("sst2", data=sst2))) == before
+    assert before[1].startswith("it was bad Question:")
+
+
+def test_few_shot_prompts_are_lm_evals_own(tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    write_tasks(tmp_path, ("mood",))
+    files = {s: str(tmp_path / "data" / "mood" / f"{s}.parquet") for s in ("train", "validation")}
+    text = (tmp_path / "tasks" / "mood.yaml").read_text()
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "mood.yaml").write_text(text + f"dataset_kwargs: {{data_files: {json.dumps(files)}}}\n")
+    theirs = TaskManager(include_path=str(tmp_path / "hub"), include_defaults=False).load("mood")["tasks"]["mood"]
+    theirs.set_config("num_fewshot", 3)
+    theirs.set_fewshot_seed(1234)
+    theirs.build_all_requests(limit=10)
+    task = lmeval.build(TaskSource("mood", tmp_path / "tasks", tmp_path / "data" / "mood", num_fewshot=3))
+    ours = [request for document in lmeval.instances(task, 10) for request in document]
+    assert [r.args for r in ours] == [r.args for r in theirs.instances]
+    assert [(r.doc_id, r.idx) for r in ours] == [(r.doc_id, r.idx) for r in theirs.instances]
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte", "mrpc", "wnli", "boolq", "winogrande", "gsm8k"])
+def test_the_papers_tasks_pass_on_real_data(shared_data, name):
+    facts = lmeval.check(TaskSource(name, data=shared_data / "tasks" / name), training=True)
+    assert facts.documents >= 71 and facts.training >= 635

@@ -1,0 +1,221 @@
+"""The whole tool on a toy model: real Ray, DeepSpeed, PEFT, lm-eval and MLflow, through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.toys import STUDY, write_model, write_patch, write_world
+
+TWO_LINEAGES = STUDY.replace("tasks:", """  hard: {model: m, updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]}
+export: [{lineage: hard, t: 1, arm: port}]
+tasks:""")
+
+
+def portllm(*arguments, code=0, **environment):
+    """Run a command; returns its standard output."""
+    found = subprocess.run([sys.executable, "-m", "portllm", *map(str, arguments)], capture_output=True, text=True,
+                           env=os.environ | environment, timeout=300)
+    assert found.returncode == code, f"exit code {found.returncode}\n{found.stdout[-3000:]}\n{found.stderr[-6000:]}"
+    return found.stdout if code == 0 else found.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("main") / "w", TWO_LINEAGES)
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """The study after one run: (study file, store, the run's report)."""
+    store = world.parent / "store"
+    return world, store, json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
+
+
+def record(store, stage):
+    return [json.loads(p.read_text()) for p in sorted(store.glob(f"artifacts/{stage}/*/record.json"))]
+
+
+def test_one_run_makes_every_step_of_the_plan(finished):
+    world, store, report = finished
+    planned = json.loads(portllm("plan", world, "--store", store, "--json"))
+    assert report["failed"] == {} and report["steps_executed"] == len(planned["steps"])
+    assert all(step["published"] for step in planned["steps"])
+
+
+def test_model_loads_for_evaluation_are_bounded_by_versions_times_evaluators(finished):
+    _, _, report = finished
+    assert report["versions"] == 3 and 1 <= report["evaluators"] <= 2
+    assert report["evaluation_loads"] <= report["versions"] * report["evaluators"]
+
+
+def test_the_results_are_a_list_with_a_row_per_coordinate(finished):
+    world, store, _ = finished
+    rows = json.loads(portllm("results", world, "--store", store, "--format", "json"))
+    arms = {(r["lineage"], r["t"], r["arm"]) for r in rows}
+    assert arms == {(line, t, arm) for line in ("soft", "hard") for t in (0, 1) for arm in ("none", "port", "refit")}
+    zero = {r["arm"]: r for r in rows if r["t"] == 0 and r["lineage"] == "soft"}
+    assert zero["port"]["key"] == zero["refit"]["key"] != zero["none"]["key"]
+    assert all(r["n"] == 20 and 0 <= r["value"] <= 1 for r in rows)
+    table = portllm("results", world, "--store", store)
+    assert "none" in table and "refit" in table and "mood" in table
+
+
+def test_every_training_went_through_deepspeed(finished):
+    _, store, _ = finished
+    trained = record(store, "update") + record(store, "finetune")
+    assert len(trained) == 5
+    for one in trained:
+        assert one["summary"]["zero"] == 0 and one["summary"]["world"] == 1
+        assert one["summary"]["deepspeed"] and one["summary"]["trainable_parameters"] > 0
+
+
+def test_a_patch_is_a_plain_adapter_for_peft(finished):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    world, store, _ = finished
+    for patch in store.glob("artifacts/finetune/*"):
+        base = AutoModelForCausalLM.from_pretrained(world.parent / "model")
+        PeftModel.from_pretrained(base, patch)
+        assert (patch / "provenance.json").is_file()
+
+
+def test_a_lora_update_is_a_delta_and_a_full_one_a_model(finished):
+    _, store, _ = finished
+    kinds = {(p / "adapter_model.safetensors").is_file(): p for p in store.glob("artifacts/update/*")}
+    assert set(kinds) == {True, False}
+    assert not (kinds[True] / "model.safetensors").exists() and (kinds[False] / "model.safetensors").is_file()
+
+
+def test_the_exported_model_is_the_one_that_was_scored(finished):
+    """evaluated == exported, bit for bit: the export loads as a plain model and scores item by item the same."""
+    world, store, _ = finished
+    exported = next(store.glob("artifacts/export/*"))
+    rows = json.loads(portllm("results", world, "--store", store, "--format", "json"))
+    port = next(r for r in rows if (r["lineage"], r["t"], r["arm"]) == ("hard", 1, "port"))
+    other = world.parent / "exported.yaml"
+    other.write_text(STUDY.replace("name: toy", "name: exported").replace("path: model", f"path: {exported}").replace("finetune: {", "arms: [none]\nfinetune: {"))
+    portllm("run", other, "--store", store, "--yes", "-o", "lineages.soft.updates=[]")
+    none = json.loads(portllm("results", other, "--store", store, "--format", "json", "-o", "lineages.soft.updates=[]"))[0]
+    assert none["key"] != port["key"]
+    scores = [_loglikelihoods(store, key) for key in (port["key"], none["key"])]
+    assert scores[0] == scores[1]
+
+
+def _loglikelihoods(store, key):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(store / "artifacts" / "evaluate" / key / "items.parquet")[
+        "choice_loglikelihoods"].to_pylist()
+
+
+def test_the_report_is_one_page_that_loads_nothing(finished):
+    world, store, _ = finished
+    path = portllm("report", world, "--store", store).strip()
+    page = open(path, encoding="utf-8").read()
+    assert "mood" in page and "<svg" in page
+    assert "src=\"http" not in page and "href=\"http" not in page
+
+
+def test_mlflow_holds_the_runs_and_a_lost_one_is_rebuilt(finished):
+    from mlflow.tracking import MlflowClient
+
+    world, store, _ = finished
+    assert _runs(MlflowClient(f"sqlite:///{store / 'mlflow.db'}")) == _runs_of(world, store)
+    (store / "mlflow.db").unlink()
+    portllm("track", world, "--store", store)
+    assert _runs(MlflowClient(f"sqlite:///{store / 'mlflow.db'}")) == _runs_of(world, store)
+    portllm("track", world, "--store", store)
+    assert _runs(MlflowClient(f"sqlite:///{store / 'mlflow.db'}")) == _runs_of(world, store), "nothing stands twice"
+
+
+def _runs(client):
+    experiment = client.get_experiment_by_name("toy")
+    return len(client.search_runs([experiment.experiment_id], max_results=1000))
+
+
+def _runs_of(world, store):
+    """A parent, a child per training, a child per (version, patches)."""
+    rows = json.loads(portllm("results", world, "--store", store, "--format", "json"))
+    return 1 + 5 + len({(r["version_key"], tuple(r["patches"])) for r in rows})
+
+
+def test_a_second_run_executes_nothing_and_is_quick(finished):
+    world, store, _ = finished
+    begin = time.monotonic()
+    report = json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
+    assert report["steps_executed"] == 0 and report["process_starts"] == 0
+    assert time.monotonic() - begin < 5
+
+
+def test_a_task_added_later_runs_only_its_own_cells(finished):
+    world, store, _ = finished
+    more = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks}]"
+    report = json.loads(portllm("run", world, "--store", store, "--yes", "--json", "-o", more))
+    assert report["steps_executed"] > 0 and all("tone" in label for label in report["executed"])
+
+
+def test_the_same_study_in_another_store_gives_identical_items(finished, tmp_path):
+    """Same seeds, same machine, other order of work: the same bits, whatever ran in a worker before."""
+    world, store, _ = finished
+    portllm("run", world, "--store", tmp_path / "b", "--yes")
+    for stage, file in (("evaluate", "items.parquet"), ("finetune", "adapter_model.safetensors")):
+        for path in (tmp_path / "b" / "artifacts" / stage).glob(f"*/{file}"):
+            ours = store / "artifacts" / stage / path.parent.name / file
+            assert ours.read_bytes() == path.read_bytes(), f"{stage} {path.parent.name}"
+
+
+def test_one_step_runs_without_ray(finished, tmp_path):
+    world, _, _ = finished
+    portllm("step", world, "requests mood", "--store", tmp_path)
+    error = portllm("step", world, "evaluate soft t=1 mood none", "--store", tmp_path, code=1)
+    assert "update soft t=1" in error
+
+
+def test_verify_finds_a_flipped_bit(finished, tmp_path):
+    import shutil
+
+    world, store, _ = finished
+    shutil.copytree(store, tmp_path / "s")
+    assert "intact" in portllm("verify", world, "--store", tmp_path / "s")
+    file = next((tmp_path / "s").glob("artifacts/finetune/*/adapter_model.safetensors"))
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "adapter_model.safetensors" in portllm("verify", world, "--store", tmp_path / "s", code=1)
+
+
+def test_given_versions_and_patches_train_nothing(tmp_path):
+    world = write_world(tmp_path / "w", """
+name: given
+data_root: data
+models: {m: {path: model}}
+lineages: {shipped: {model: m, updates: [{path: v1}, {path: v2}]}}
+tasks: [{task: mood, include_path: tasks}]
+patches: {mood: patch}
+arms: [none, port]
+tracking: {enabled: false}
+""")
+    write_model(world.parent / "v1", seed=1)
+    write_model(world.parent / "v2", seed=2)
+    write_patch(world.parent / "patch", world.parent / "model")
+    report = json.loads(portllm("run", world, "--store", tmp_path / "s", "--yes", "--json"))
+    assert {label.split()[0] for label in report["executed"]} == {"requests", "evaluate"}
+    rows = json.loads(portllm("results", world, "--store", tmp_path / "s", "--format", "json"))
+    assert [(r["t"], r["arm"], r["update"], r["rank"]) for r in rows] == [
+        (0, "none", None, None), (0, "port", None, 2), (1, "none", "given", None), (1, "port", "given", 2),
+        (2, "none", "given", None), (2, "port", "given", 2)]
+
+
+@pytest.mark.parametrize("override", ["models.m.pth=x", "models.m.path=nowhere", "finetune.rank=0", "tasks=[nope]",
+                                      "corpora.c.path=none.txt", "models.m={hub: a/b}"])
+def test_bad_input_is_one_error_exit_code_two_and_nothing_written(finished, tmp_path, override):
+    world, _, _ = finished
+    error = portllm("run", world, "--store", tmp_path / "s", "--yes", "-o", override, code=2)
+    assert error.startswith("error: ") and "Traceback" not in error
+    assert not (tmp_path / "s").exists()
