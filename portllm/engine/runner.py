@@ -6,6 +6,7 @@ The driver is one loop: `_dispatch` hands steps to idle workers (starting and re
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class Runner:
             self._dispatch()
             self.progress.show(self.schedule, self.before)
             self._collect()
+        self._retire_all()
         self.report.blocked = [self.plan.steps[k].label for k in sorted(self.schedule.blocked)]
         self.report.evaluators = len({number for number, _ in self.scored})
         self.report.versions = len({version for _, version in self.scored})
@@ -162,10 +164,17 @@ class Runner:
         self.slots.append(slot)
         return slot
 
-    def _retire(self, slot: Slot) -> None:
+    def _retire(self, slot: Slot) -> Any:
+        """End an idle worker; its capacity counts as free from here on, and Ray gives it out once the process is gone."""
         self.slots.remove(slot)
-        ray.kill(slot.actor, no_restart=True)
         self.budget.release(slot.node, slot.size)
+        return slot.actor.end.remote()
+
+    def _retire_all(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ends = [self._retire(slot) for slot in list(self.slots)]
+            if ends:
+                ray.wait(ends, num_returns=len(ends), timeout=5)
 
     def _start_gang(self, step: Step) -> None:
         ranks = [size_of(step)] * step.layout.workers

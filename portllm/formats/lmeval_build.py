@@ -122,15 +122,14 @@ def _check_columns(task: Task, source: TaskSource) -> None:
     for what in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         spec = getattr(task.config, what)
         bare = isinstance(spec, str) and re.fullmatch(r"[A-Za-z_]\w*", spec)
-        constant = what == "doc_to_target" and spec in (_constant_choices(task) or ())
-        if bare and spec not in task.features and not constant:
+        if bare and spec not in task.features and not (what == "doc_to_target" and _is_choice(task, spec)):
             raise ResolveError(f"task `{source.name}`: {file_of(source, False)} has no column `{spec}`, which {what} "
                                f"reads; it has {', '.join(task.features)}")  # fmt: skip
 
 
-def _constant_choices(task: Task) -> list[str] | None:
-    choices = task.config.doc_to_choice
-    return choices if isinstance(choices, list) else None
+def _is_choice(task: Task, word: str) -> bool:
+    """Whether a bare target is meant as it stands."""
+    return task.config.doc_to_choice is not None and word in task.doc_to_choice(task.task_docs[0])
 
 
 def _set_fewshot(task: Task, num_fewshot: int | None) -> None:

@@ -103,7 +103,7 @@ def _continue(
         hidden_BSD = body(model)(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        chosen = head.logits(hidden_BSD[:, -1]).argmax(dim=-1).tolist()
+        chosen = head.best(hidden_BSD[:, -1]).tolist()
         for row, token in zip(running, chosen, strict=True):
             texts[row].append(token)
         keep = [b for b, row in enumerate(running) if not _done(texts[row], tokenizer, stops)]

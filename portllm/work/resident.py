@@ -118,7 +118,6 @@ class Resident:
         trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             self._inject(adapters)
-            self.model.eval()  # PEFT's new layers come in training mode, with dropout
             yield
         finally:
             _remove_adapters(self.model)

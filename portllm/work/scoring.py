@@ -167,6 +167,16 @@ class Head:
         """fp32 logits over the whole vocabulary: for few positions only."""
         return torch.cat([logits_PV.clone() for _, logits_PV in self._blocks(hidden_PD)], dim=1)
 
+    def best(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """The most likely token per position, the first of equals: int64 [P]."""
+        top_P = hidden_PD.new_full((len(hidden_PD),), -torch.inf, dtype=torch.float32)
+        best_P = torch.zeros(len(hidden_PD), dtype=torch.int64, device=hidden_PD.device)
+        for first, logits_PV in self._blocks(hidden_PD):
+            block_P, where_P = logits_PV.max(dim=1)
+            best_P = torch.where(block_P > top_P, where_P + first, best_P)
+            top_P = torch.maximum(top_P, block_P)
+        return best_P
+
     def score(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(log p(target), whether it is the most likely token) per position: fp32 [P] and bool [P]."""
         parts = [self._score(h, t) for h, t in zip(hidden_PD.split(POSITIONS), targets_P.split(POSITIONS), strict=True)]

@@ -91,12 +91,12 @@ def test_shards_and_their_index_stay_as_they_were(made: Path, tmp_path: Path) ->
     assert same_bits(*(load(tmp_path / name, torch.bfloat16).state_dict() for name in ("out", "single")))
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("stored", "sharded"), [("float32", False), ("float32", True), ("bfloat16", False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_dtype_rounds_the_sum_once_and_is_written_in_the_config(
-    made: Path, tmp_path: Path, dtype: str, sharded: bool
+    made: Path, tmp_path: Path, dtype: str, stored: str, sharded: bool
 ) -> None:
-    source, to = made / "llama-float32", DTYPES[dtype]
+    source, to = made / f"llama-{stored}", DTYPES[dtype]
     if sharded:
         load(source, torch.float32).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
         source = tmp_path / "sharded"

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _build_and_log(root: Path, deltas: list[Path], scratch: Path) -> None:
     def logged(*arguments: Any) -> Any:
         with (scratch / "builds").open("a") as log:
             log.write("built\n")
+        time.sleep(0.5)  # long enough for the others to ask meanwhile
         return apply(*arguments)
 
     versions.apply = logged

@@ -1,0 +1,90 @@
+"""Two raylets with two logical GPUs each: every step asks for what `plan` printed, and a gang spans both nodes."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from tests.engine.clusters import cluster, events, run
+from tests.toys import STUDY, write_world
+
+WIDE = STUDY + """
+resources:
+  update: {workers: 4, gpus: 1}
+  finetune: {gpus: 1}
+  evaluate: {gpus: 1}
+tracking: {enabled: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(plan, tasks, actors, placement groups seen while it ran)."""
+    root = tmp_path_factory.mktemp("nodes")
+    study = write_world(root / "w", WIDE)
+    planned = json.loads(run("", "plan", study, "--store", root / "s", "--json"))
+    groups: dict = {}
+    with cluster([{"num_cpus": 3, "num_gpus": 2}, {"num_cpus": 3, "num_gpus": 2}]) as ray_cluster:
+        watch = _Watch(ray_cluster.address, groups)
+        report = json.loads(run(ray_cluster.address, "run", study, "--store", root / "s", "--yes", "--json"))
+        watch.stop()
+        tasks, actors = events(ray_cluster.address)
+    assert report["failed"] == {}
+    return planned, tasks, actors, groups
+
+
+class _Watch:
+    """Keeps every placement group that was ever alive; a removed one no longer tells where its bundles were."""
+
+    def __init__(self, address, groups):
+        self.address, self.groups, self.going = address, groups, True
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def _look(self):
+        import ray
+        from ray.util import placement_group_table
+
+        ray.init(address=self.address, log_to_driver=False)
+        while self.going:
+            for name, group in placement_group_table().items():
+                if group["state"] == "CREATED":
+                    self.groups[name] = group
+            time.sleep(0.3)
+
+    def stop(self):
+        self.going = False
+        self.thread.join()
+
+
+def test_workers_hold_what_the_plan_printed(ran):
+    planned, tasks, actors, _ = ran
+    asked = {s["label"]: s["resources"] for s in planned["steps"]}
+    held = {a["actor_id"]: a["required_resources"] for a in actors if a["class_name"] == "Worker"}
+    checked = 0
+    for task in tasks:
+        resources = asked.get(task["name"])
+        if resources and resources["workers"] == 1:
+            actor = held[task["actor_id"]]
+            assert actor.get("CPU", 0) == resources["threads"] and actor.get("GPU", 0) == resources["gpus"]
+            checked += 1
+    assert checked == len([r for r in asked.values() if r["workers"] == 1])
+
+
+def test_evaluators_hold_their_gpu(ran):
+    planned, tasks, actors, _ = ran
+    evaluators = {t["actor_id"] for t in tasks if t["name"].startswith("evaluate")}
+    assert evaluators
+    for actor in actors:
+        if actor["actor_id"] in evaluators:
+            assert actor["required_resources"]["GPU"] == 1
+
+
+def test_a_gang_of_four_spans_both_nodes(ran):
+    _, _, _, groups = ran
+    wide = [g for g in groups.values() if sum(b.get("GPU", 0) for b in g["bundles"].values()) == 4]
+    assert wide
+    for group in wide:
+        nodes = [group["bundles_to_node_id"][i] for i, b in group["bundles"].items() if b.get("GPU")]
+        assert len(nodes) == 4 and len(set(nodes)) == 2

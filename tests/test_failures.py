@@ -1,0 +1,134 @@
+"""What goes wrong while running: the step fails with its log named, the rest goes on, the same command continues."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_main_job import portllm
+from tests.toys import STUDY, write_world
+
+SMALL = STUDY + "tracking: {enabled: false}\n"
+
+
+@pytest.fixture
+def world(tmp_path):
+    return write_world(tmp_path / "w", SMALL)
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, "-m", "portllm", *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def lines_until(process, word):
+    """Lines of standard error up to the first that holds a word."""
+    found = []
+    for line in process.stderr:
+        found.append(line)
+        if word in line:
+            return found
+    raise AssertionError(f"no line with {word!r}:\n{''.join(found)}")
+
+
+def artifacts(store):
+    """Every published file but the records, which hold times."""
+    return {p.relative_to(store): p.read_bytes() for p in store.glob("artifacts/*/*/*")
+            if p.is_file() and p.name not in ("record.json", "curve.jsonl", "provenance.json")}
+
+
+def test_a_diverging_training_fails_alone_and_names_its_log(world, tmp_path):
+    """A learning rate that overflows float32 gives a loss that is no number: refused by the step, not published."""
+    store = tmp_path / "s"
+    two = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e38}}]"
+    error = portllm("run", world, "--store", store, "--yes", "-o", two, code=1)
+    assert "StageError" in error and "log: " in error and "not finite" in error
+    log = error.split("log: ")[1].split()[0]
+    assert "not finite" in open(log).read()
+    status = json.loads(portllm("status", world, "--store", store, "-o", two, "--json"))
+    states = {s["label"]: s["status"] for s in status}
+    assert states["finetune m t=0 tone r2 s0"] == "failed" and states["evaluate m t=0 tone port r2 s0"] == "missing"
+    assert all(state == "published" for label, state in states.items() if "mood" in label)
+    assert states["evaluate m t=0 tone none"] == "published"
+
+
+def test_a_worker_that_dies_is_replaced_and_the_study_completes(world, tmp_path):
+    store = tmp_path / "s"
+    process = start("run", world, "--store", store, "--yes")
+    lines_until(process, "examples mood")  # trainings begin
+    victim = _wait_for_worker(process.pid)
+    os.kill(victim, signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    failures = [json.loads(p.read_text()) for p in store.glob("failures/*/*.json")]
+    assert {f["type"] for f in failures} <= {"WorkerDied"}
+    assert all(s["status"] == "published" for s in json.loads(portllm("status", world, "--store", store, "--json")))
+
+
+def _wait_for_worker(driver):
+    """Process id of a living warm worker below a driver's Ray."""
+    for _ in range(200):
+        found = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
+        for line in found.splitlines():
+            pid, session, *arguments = line.split(maxsplit=2)
+            if arguments and "ray::Worker" in arguments[0] and _descends(int(pid), driver):
+                return int(pid)
+        time.sleep(0.1)
+    raise AssertionError("no warm worker found")
+
+
+def _descends(pid, ancestor):
+    import psutil
+
+    try:
+        return ancestor in {p.pid for p in psutil.Process(pid).parents()}
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_driver_loses_nothing_and_the_rerun_equals_an_undisturbed_run(world, tmp_path, seed):
+    store = tmp_path / "s"
+    process = start("run", world, "--store", store, "--yes")
+    seen = lines_until(process, ["corpus c", "finetune m"][seed])
+    time.sleep(random.Random(seed).random())
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = artifacts(store)
+    assert before and seen
+    report = json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
+    assert report["failed"] == {}
+    assert all(artifacts(store)[path] == content for path, content in before.items())
+    assert list((store / "attempts").iterdir()) == []
+    portllm("run", world, "--store", tmp_path / "undisturbed", "--yes")
+    assert artifacts(store) == artifacts(tmp_path / "undisturbed")
+
+
+def test_an_interrupted_run_says_so_and_goes_on_later(world, tmp_path):
+    store = tmp_path / "s"
+    process = start("run", world, "--store", store, "--yes")
+    lines_until(process, "corpus c")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in error
+    assert json.loads(portllm("run", world, "--store", store, "--yes", "--json"))["failed"] == {}
+
+
+def test_a_full_disk_fails_steps_and_the_same_command_continues(world, tmp_path):
+    """A store on a file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        error = portllm("run", world, "--store", disk / "s", "--yes", code=1, PORTLLM_SCRATCH=str(tmp_path / "scratch"))
+        assert "No space left" in error
+        subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
+        assert portllm("run", world, "--store", disk / "s", "--yes", PORTLLM_SCRATCH=str(tmp_path / "scratch")) == ""
+    finally:
+        subprocess.run(["umount", "-l", disk])

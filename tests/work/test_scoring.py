@@ -1,0 +1,232 @@
+"""Scores are lm-eval's, whatever shares a forward pass, and however it is batched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from portllm.errors import StageError
+from portllm.work import scoring
+from portllm.work.generating import generate
+from portllm.work.requests import RequestSet
+from portllm.work.scoring import Head, batches, loglikelihoods, plan_rows
+
+VOCABULARY = 97
+SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def tiny(kind: str, **changes) -> Any:
+    """A random model with weights large enough for its scores to differ."""
+    shape = SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**shape | changes),
+        "mistral": lambda: transformers.MistralConfig(**shape | {"sliding_window": 8} | changes),
+        "gemma2": lambda: transformers.Gemma2Config(**shape | {"head_dim": 8, "sliding_window": 8} | changes),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**shape | {"head_dim": 8, "sliding_window": 8} | changes),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "phi": lambda: transformers.PhiConfig(**shape | changes),  # its head has a bias
+        "granite": lambda: transformers.GraniteConfig(**shape | {"logits_scaling": 8.0} | changes),
+    }[kind]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def request_set(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **meta) -> RequestSet:
+    """One document per (context, continuation)."""
+    rows = [np.asarray([*context, *continuation], dtype=np.uint32) for context, continuation in pairs]
+    count = np.arange(len(pairs))
+    return RequestSet(
+        tokens=np.concatenate(rows), offsets=np.cumsum([0, *map(len, rows)]),
+        answers=np.asarray([len(context) for context, _ in pairs]), documents=count, choices=count * 0, doc_ids=count,
+        doc_hashes=np.asarray([b"x"] * len(pairs)), meta={"model_max_length": 64, "task": "t", **meta},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(count: int = 10, longest: int = 40, seed: int = 1) -> list[tuple[list[int], list[int]]]:
+    """Contexts of many lengths with two continuations each: of one token, of several, one beginning another."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        context = rng.integers(3, VOCABULARY, rng.integers(1, longest)).tolist()
+        one, more = rng.integers(3, VOCABULARY, 2).tolist(), rng.integers(3, VOCABULARY, 4).tolist()
+        pairs += [(context, one[:1]), (context, one[1:]), (context, more), (context, more[:2])]
+    return pairs
+
+
+def plain(model: Any, pairs: Sequence[tuple[list[int], list[int]]], window: int = 64) -> tuple[list[float], list[bool]]:
+    """Each pair on its own, a log-softmax over all logits."""
+    scores, greedy = [], []
+    for context, continuation in pairs:
+        ids = torch.tensor((context + continuation)[-(window + 1) :])
+        with torch.no_grad():
+            logs = torch.log_softmax(model(ids[None, :-1]).logits[0].float(), dim=-1)[-len(continuation) :]
+        targets = torch.tensor(continuation)
+        scores.append(float(logs.gather(1, targets[:, None]).sum()))
+        greedy.append(bool((logs.argmax(-1) == targets).all()))
+    return scores, greedy
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "phi"])
+def test_scores_are_those_of_each_request_alone(kind):
+    model, pairs = tiny(kind), drawn()
+    expected, greedy = plain(model, pairs)
+    found = loglikelihoods(model, request_set(pairs), budget=256)
+    np.testing.assert_allclose(found.loglikelihoods, expected, atol=1e-4, rtol=0)
+    assert found.greedy.tolist() == greedy
+    assert np.std(expected) > 1 and found.truncated == 0
+
+
+def test_scores_do_not_depend_on_the_budget():
+    model, found = tiny("llama"), request_set(drawn())
+    small, large = (loglikelihoods(model, found, budget).loglikelihoods for budget in (1, 100_000))
+    np.testing.assert_allclose(small, large, atol=1e-5, rtol=0)
+
+
+def test_greedy_continuations_are_recognised():
+    model = tiny("llama")
+    with torch.no_grad():
+        best = [int(model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())]
+        best.append(int(model(torch.tensor([[5, 6, 7, *best]])).logits[0, -1].argmax()))
+    found = loglikelihoods(model, request_set([([5, 6, 7], best), ([5, 6, 7], [best[0], best[1] ^ 1])]), 64)
+    assert found.greedy.tolist() == [True, False]
+
+
+def test_contexts_are_cut_from_the_left_and_counted():
+    model = tiny("llama")
+    pairs = [([*range(3, 90)], [4, 5]), ([5, 6], [7])]
+    found = loglikelihoods(model, request_set(pairs), budget=256)
+    np.testing.assert_allclose(found.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
+    assert found.truncated == 1
+    with pytest.raises(StageError, match=r"request 0 is longer than the model's window \(64 tokens\)"):
+        loglikelihoods(model, request_set([([3], [4] * 70)]), budget=256)
+
+
+def test_inputs_that_begin_another_share_its_forward_pass():
+    pairs = [([3, 4, 5], [6]), ([3, 4, 5], [7]), ([3, 4, 5], [8, 9]), ([3, 4, 5, 8], [10]), ([3, 4], [9]), ([4, 5], [6])]
+    rows, _ = plan_rows(request_set(pairs), window=64)
+    assert [row.ids.tolist() for row in rows] == [[3, 4, 5, 8], [4, 5]]
+    assert [sorted(r[0] for r in row.reads) for row in rows] == [[0, 1, 2, 3, 4], [5]]
+
+
+def test_a_batch_stays_within_the_budget_and_never_is_empty():
+    rows, _ = plan_rows(request_set(drawn()), window=64)
+    found = list(batches(rows, budget=100))
+    assert [row for batch in found for row in batch] == rows
+    assert all(len(batch) * len(batch[0].ids) <= 100 or len(batch) == 1 for batch in found)
+    assert all(len(batch) == 1 for batch in batches(rows, budget=1))
+
+
+def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):
+    model, pairs = tiny("gemma2"), drawn(10)
+    whole = loglikelihoods(model, request_set(pairs), 256)
+    monkeypatch.setattr(scoring, "VOCABULARY", 10)
+    monkeypatch.setattr(scoring, "POSITIONS", 3)
+    blocks = loglikelihoods(model, request_set(pairs), 256)
+    np.testing.assert_allclose(blocks.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
+    assert blocks.greedy.tolist() == whole.greedy.tolist()
+
+
+def test_sums_are_made_in_fp32_for_a_bf16_model():
+    model, pairs = tiny("llama").to(torch.bfloat16), drawn(10)
+    found = loglikelihoods(model, request_set(pairs), 256).loglikelihoods
+    expected = plain(model, pairs)[0]  # bf16 logits of batches of one: rounded elsewhere
+    np.testing.assert_allclose(found, expected, atol=0.6, rtol=0.03)
+    h = torch.randn(6, 32).to(torch.bfloat16)
+    targets = torch.arange(6)
+    with torch.inference_mode():
+        logits = (h @ model.lm_head.weight.T).float()
+        np.testing.assert_allclose(Head(model).score(h, targets)[0], torch.log_softmax(logits, -1)[targets, targets], atol=1e-5)
+
+
+def test_an_architecture_that_changes_its_logits_after_the_head_is_refused():
+    with pytest.raises(StageError, match="GraniteForCausalLM changes its logits after the head"):
+        loglikelihoods(tiny("granite"), request_set(drawn(1)), 64)
+
+
+def test_weights_that_are_not_finite_are_an_error_and_not_a_score():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(StageError, match="the score of document 0 is nan"):
+        loglikelihoods(model, request_set(drawn(1)), 64)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+class Words:
+    """A tokenizer whose token n is the text "<n>"."""
+
+    eos_token_id = 2
+
+    def decode(self, ids, skip_special_tokens=False):
+        ids = [ids] if isinstance(ids, int) else ids
+        return "".join(f"<{i}>" for i in ids if not (skip_special_tokens and i <= 2))
+
+
+def generation(**arguments) -> dict[str, Any]:
+    return {"generation": {"until": [], "do_sample": False, "max_gen_toks": 12} | arguments}
+
+
+def prompts(count: int = 9) -> list[tuple[list[int], list[int]]]:
+    return [(context, []) for context, _ in drawn(count, longest=30)[::4]]
+
+
+def alone(model: Any, context: list[int], tokens: int = 12) -> list[int]:
+    """Greedy decoding by transformers, one prompt, no padding."""
+    made = model.generate(torch.tensor([context]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return made[0, len(context) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
+def test_generated_text_is_that_of_each_prompt_alone(kind):
+    model = tiny(kind)
+    texts, truncated = generate(model, Words(), request_set(prompts(), **generation()), budget=100)
+    assert texts == [Words().decode(alone(model, p), True) for p, _ in prompts()] and truncated == 0
+    assert len(set(texts)) > 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_rows_leave_their_batch_at_a_stop_sequence_and_are_cut_there(kind):
+    model = tiny(kind)
+    whole = [Words().decode(alone(model, p), True) for p, _ in prompts()]
+    stop = whole[0][6:14]  # across tokens
+    texts, _ = generate(model, Words(), request_set(prompts(), **generation(until=[stop])), budget=1000)
+    assert texts == [text.split(stop)[0] for text in whole] and texts[0] != whole[0]
+
+
+def test_prompts_leave_room_for_what_is_generated():
+    model = tiny("llama")
+    long = [([*range(3, 83)], [])]
+    texts, truncated = generate(model, Words(), request_set(long, **generation()), budget=100)
+    assert truncated == 1 and texts == [Words().decode(alone(model, [*range(3, 83)][-52:]), True)]
+    with pytest.raises(StageError, match="generates up to 64 tokens, and the model's window of 64 leaves no room"):
+        generate(model, Words(), request_set(long, **generation(max_gen_toks=64)), budget=100)
+
+
+@pytest.mark.parametrize("arguments", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 4}])
+def test_only_greedy_generation_is_accepted(arguments):
+    with pytest.raises(StageError, match="only greedy generation is supported"):
+        generate(tiny("llama"), Words(), request_set(prompts(1), **generation(**arguments)), budget=100)
+
+
+def test_a_model_that_asks_for_a_repetition_penalty_is_refused():
+    model = tiny("llama")
+    model.generation_config.repetition_penalty = 1.3
+    with pytest.raises(StageError, match="sets repetition_penalty"):
+        generate(model, Words(), request_set(prompts(1), **generation()), budget=100)
