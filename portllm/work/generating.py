@@ -65,7 +65,7 @@ def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:
         raise StageError(f"only greedy generation is supported; the task asks for {dict(arguments)}")
     config = model.generation_config
     if odd := [name for name, plain in _PLAIN.items() if getattr(config, name, None) not in (None, plain)]:
-        raise StageError(f"the model's generation_config.json sets {', '.join(odd)}: only greedy generation is supported")
+        raise StageError(f"only greedy generation is supported; generation_config.json sets {', '.join(odd)}")
     ends = config.eos_token_id
     eos = tokenizer.decode(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else None
     return Stops(

@@ -82,7 +82,7 @@ def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
         cut = max(0, len(ids) - (window + 1))
         start = int(requests.answers[request]) - cut
         if start < 1:
-            raise StageError(f"the continuation of request {request} is longer than the model's window ({window} tokens)")
+            raise StageError(f"request {request}: its continuation exceeds the model's window of {window} tokens")
         truncated += cut > 0
         # Big-endian bytes sort as the tokens do: an input comes right before those it begins.
         keyed.append((ids[cut:-1].astype(">u4").tobytes(), request, ids[cut:], start))

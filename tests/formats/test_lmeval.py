@@ -40,7 +40,8 @@ def pairs(source: TaskSource) -> list[lmeval.Pair]:
 
 
 def test_built_in_tasks_are_found_where_lm_eval_defines_them():
-    for name, file in {"sst2": "glue/sst2/default.yaml", "gsm8k": "gsm8k/gsm8k.yaml", "mmlu": "mmlu/default/_mmlu.yaml"}.items():
+    files = {"sst2": "glue/sst2/default.yaml", "gsm8k": "gsm8k/gsm8k.yaml", "mmlu": "mmlu/default/_mmlu.yaml"}
+    for name, file in files.items():
         assert lmeval.locate(name).as_posix().endswith(f"lm_eval/tasks/{file}")
 
 
@@ -119,7 +120,8 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
 def test_facts_of_a_task_are_json(sst2):
     facts = lmeval.check(TaskSource("sst2", data=sst2), training=True)
     assert json.loads(json.dumps(asdict(facts)))["metrics"] == ["acc"]
-    assert (facts.output_type, facts.metric, facts.filter, facts.split) == ("multiple_choice", "acc", "none", "validation")
+    assert (facts.output_type, facts.metric, facts.filter) == ("multiple_choice", "acc", "none")
+    assert facts.split == "validation"
     assert (facts.documents, facts.training, facts.num_fewshot, facts.choices) == (2, 2, 0, 2)
     assert facts.template.startswith("{{sentence}}")
 
@@ -147,7 +149,7 @@ def test_rows_are_those_of_a_plain_data_set(sst2):
     plain = datasets.Dataset(pq.read_table(sst2 / "validation.parquet"))
     assert lmeval.documents(task) == list(plain)
     assert list(task.task_docs.shuffle(seed=3)) == list(plain.shuffle(seed=3))
-    assert list(task.task_docs.with_format("numpy"))[0]["label"] == 1
+    assert next(iter(task.task_docs.with_format("numpy")))["label"] == 1
 
 
 def test_a_task_without_train_parquet_can_be_evaluated_and_not_trained_on(tmp_path):
@@ -163,7 +165,7 @@ def test_a_task_without_train_parquet_can_be_evaluated_and_not_trained_on(tmp_pa
         ([], r"validation.parquet holds no rows"),
         ([{"text": "a", "label": 1}], r"validation.parquet has no column `sentence`"),
         ([{"sentence": "a", "class": 1}], r"validation.parquet has no column `label`, which doc_to_target reads"),
-        ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 2}], r"document 1: column `label` holds 2, which is none of"),
+        ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 2}], "document 1: column `label` holds 2"),
         ([{"sentence": "a", "label": -1}], r"document 0: column `label` holds -1"),
         ([{"sentence": "a", "label": "maybe"}], r"column `label` holds 'maybe', which is none of the choices \['neg"),
     ],
@@ -206,7 +208,8 @@ def test_hub_data_out_of_reach_say_what_to_do(monkeypatch, tmp_path):
 
 
 def test_labels_a_function_looks_up_are_named_by_their_column(tmp_path):
-    rows = [{"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve", "answer": a} for a in "13"]
+    row = {"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve"}
+    rows = [row | {"answer": answer} for answer in "13"]
     with pytest.raises(ResolveError, match=r"document 1: column `answer` holds '3', which is none of the choices"):
         lmeval.check(TaskSource("winogrande", data=data(tmp_path, rows[:1], rows)))
 
@@ -234,7 +237,7 @@ def test_generation_trains_on_the_answer_without_a_few_shot_header(tmp_path):
 
 
 def test_log_likelihood_and_answers_of_several_kinds_train_as_lm_eval_writes_them(tmp_path):
-    shared = "dataset_path: parquet\ntraining_split: train\nvalidation_split: validation\nmetric_list: [{metric: exact_match}]\n"
+    shared = "dataset_path: parquet\ntraining_split: train\nvalidation_split: validation\n"
     rows = [{"a": "one", "b": ["two", "deux"]}]
     data(tmp_path / "data", rows, rows)
     tasks = {

@@ -1,6 +1,7 @@
 """Requests and training examples: lm-eval's token ids, made once; no evaluated document among the examples."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ def test_an_artifact_holds_every_request_with_its_document(world, run, tmp_path)
     assert found.documents.tolist() == [i // 2 for i in range(40)] and found.choices.tolist() == [0, 1] * 20
     assert found.doc_ids.tolist() == list(range(20))
     assert [h.decode() for h in found.doc_hashes] == [lmeval.doc_hash(doc) for doc in docs]
-    assert json.loads((path / "prompts.json").read_text()) == sorted(map(lmeval.prompt_hash, lmeval.folded_prompts(task)))
+    hashes = {lmeval.prompt_hash(prompt) for prompt in lmeval.folded_prompts(task)}
+    assert json.loads((path / "prompts.json").read_text()) == sorted(hashes)
     assert isinstance(found.tokens, np.memmap) and found.tokens.dtype == np.uint32
     words = load_tokenizer(world / "model").decode(found.ids(3)[found.answers[3] :])
     assert words == "good"
@@ -97,8 +99,8 @@ def test_rolling_log_likelihood_says_that_it_is_not_scored(world, run, tmp_path)
         made(run, tmp_path / "r", inputs(world, "rolls", world / "data" / "mood"), "rolls")
 
 
-PAIRS = [("it was", " good"), ("it was ", "good"), ("it was  \n", " a film"), ("", "good film"), ("<s> it was", " good"),
-         ("", "<s> good"), (" ", "good")]  # fmt: skip
+PAIRS = [("it was", " good"), ("it was ", "good"), ("it was  \n", " a film"), ("", "good film"), ("", "<s> good"),
+         ("<s> it was", " good"), (" ", "good")]  # fmt: skip
 
 
 @pytest.mark.parametrize("add_bos", [None, False, True])
@@ -163,7 +165,7 @@ def planted(world: Path, where: Path, train_extra: list[dict]) -> Path:
     import pyarrow.parquet as pq
 
     where.mkdir()
-    write_parquet(where / "validation.parquet", pq.read_table(world / "data" / "mood" / "validation.parquet").to_pylist())
+    shutil.copy(world / "data" / "mood" / "validation.parquet", where)
     rows = pq.read_table(world / "data" / "mood" / "train.parquet").to_pylist()
     write_parquet(where / "train.parquet", rows + train_extra)
     return where
