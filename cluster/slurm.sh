@@ -27,7 +27,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
 export RAY_AUTH_TOKEN
 
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')"
 address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')"
 # Two jobs may share a node: a port of the job's own.
 port=$((20000 + SLURM_JOB_ID % 20000))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortllmError, ResolveError
-from portllm.formats.lmeval_index import expand, locate, read_yaml
+from portllm.formats.lmeval_index import expand, locate, merged_config
 
 FEWSHOT_SEED = 1234
 """`simple_evaluate`'s default: few-shot examples are lm-eval's own."""
@@ -50,10 +50,12 @@ def build(source: TaskSource) -> Task:
     Raises ResolveError: unknown task, group, unreadable data, a column the templates miss, a hub out of reach.
     """
     path = locate(source.name, source.definition)
-    if "group" in (raw := read_yaml(path)[0]) and "class" not in raw:
+    written = merged_config(path)
+    if "group" in written and "class" not in written:
         names = expand(source.name, source.definition)
         raise ResolveError(f"`{source.name}` is a group: name its tasks: {', '.join(names[:12])}"
                            f"{', …' if len(names) > 12 else ''}")  # fmt: skip
+    _refuse(written, source)
     with quiet():
         try:
             task = _construct(_config(path, source))
@@ -75,7 +77,6 @@ def _config(path: Path, source: TaskSource) -> dict[str, Any]:
     config["metadata"] = metadata if isinstance(metadata, dict) else {"_metadata": metadata}
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
-    _refuse(config, source)
     if source.data is not None:
         splits = local_splits(config, source.data, source.name)
         config |= {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}

@@ -207,6 +207,12 @@ def test_hub_data_out_of_reach_say_what_to_do(monkeypatch, tmp_path):
         lmeval.build(TaskSource("sst2", revision="0" * 40))
 
 
+@pytest.mark.parametrize(("name", "message"), [("humaneval", "runs the code"), ("mmmu_val_art", "images")])
+def test_tasks_that_are_not_text_alone_are_refused_before_their_code_is_imported(name, message):
+    with pytest.raises(ResolveError, match=message):
+        lmeval.build(TaskSource(name))
+
+
 def test_labels_a_function_looks_up_are_named_by_their_column(tmp_path):
     row = {"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve"}
     rows = [row | {"answer": answer} for answer in "13"]
