@@ -167,7 +167,7 @@ class Evaluate:
     scales: tuple[float, ...] = ()
     """λ of each patch, in the order of the roles patch1, patch2, …"""
     combine: Literal["sum"] = "sum"
-    score_tokens: int = 4096
+    score_tokens: int = 2048
     """Token budget of a scoring batch: composition moves last bits, so it is fixed, never probed."""
 
 

@@ -263,7 +263,7 @@ class EvaluateSettings(Strict):
 
     apply: Annotated[list[ApplyMode], BeforeValidator(_listed), Field(min_length=1)] = ["merged"]
     dtype: Dtype = "float32"
-    score_tokens: Count = 4096
+    score_tokens: Count = 2048
     """Token budget of a scoring batch. Part of the recipe: composition moves last bits."""
 
 
