@@ -75,7 +75,8 @@ endef
 # init_distributed (17 s, into a cache in the user's home, with ninja and a compiler on PATH): a run then needs neither.
 # It compiles while pip fetches everything else. No pip cache for it: pip would hand out a wheel built without the op.
 # torch comes with its dependencies, which differ between its CPU and CUDA builds; the rest is exactly constraints.txt,
-# so pip has nothing to resolve, and `pip check` proves the list complete.
+# so pip has nothing to resolve, and `pip check` proves the list complete. pip itself comes first: the one that Python 3.11
+# brings takes three times as long over 180 packages (46 against 15 s of processor time to fetch, 22 against 13 to install).
 $(STAMP): pyproject.toml constraints.txt
 	@$(find_python)
 	if ! $(PY) -c 'import pip' 2>/dev/null; then
@@ -83,6 +84,7 @@ $(STAMP): pyproject.toml constraints.txt
 		"$$python" -m venv --clear $(VENV)
 	fi
 	echo "env: installing torch $(TORCH)"
+	$(PIP) pip
 	$(PIP) --prefer-binary torch $(BUILD_DEPS)
 	mkdir -p $(WHEELS)
 	compiling=

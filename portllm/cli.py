@@ -36,26 +36,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except (SpecError, ResolveError) as error:
         _end(error, 2)
     except PortllmError as error:
         _end(error, 1)
-    except typer.Abort:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped; what was published is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        code = 141
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):  # the command line's own complaint about an argument
             _end(error.format_message(), 2)
         raise
+    if code == 130:
+        print("stopped; what was published is kept, the same command goes on from there", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _end(error: object, code: int) -> None:

