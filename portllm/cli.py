@@ -19,17 +19,28 @@ from portllm.errors import EngineError, PortllmError, ResolveError, SpecError
 if TYPE_CHECKING:
     from portllm.store.store import Store
     from portllm.study.facts import Facts
-    from portllm.study.plan import Plan, Step
     from portllm.study.spec import Study
+    from portllm.study.steps import Plan, Step
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Port LoRA patches across updates of their base model, or learn when to refit them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Port LoRA patches across updates of their base model, or learn when to refit them.",
+)
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="Study file (YAML).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", metavar="FIELD=VALUE",
-                                                     help="Override a field: -o finetune.rank=16 (repeatable).")]
-StoreOption = Annotated[Path | None, typer.Option("--store", metavar="DIR", envvar="PORTLLM_STORE",
-                                                  help="Where results are kept. Default: ./portllm-store.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="FIELD=VALUE", help="Override a field: -o finetune.rank=16 (repeatable)."),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", metavar="DIR", envvar="PORTLLM_STORE", help="Where results are kept. Default: ./portllm-store."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -123,10 +134,14 @@ def status(study: StudyFile, override: Overrides = None, store: StoreOption = No
 
 @app.command()
 def run(
-    study: StudyFile, override: Overrides = None, store: StoreOption = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else a local Ray.",
-                                                metavar="ADDRESS")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, json: Json = False,
+    study: StudyFile,
+    override: Overrides = None,
+    store: StoreOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default RAY_ADDRESS, else a local Ray.", metavar="ADDRESS")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
 ) -> None:
     """Run a study: what is published is skipped, what fails does not stop the rest, the same command continues."""
     from portllm.report.plan_text import plan_text
@@ -160,8 +175,10 @@ def _run(asked: Study, planned: Plan, kept: Store, missing: list[Step], address:
 
 @app.command()
 def step(
-    study: StudyFile, which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
-    override: Overrides = None, store: StoreOption = None,
+    study: StudyFile,
+    which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    override: Overrides = None,
+    store: StoreOption = None,
 ) -> None:
     """Run one step in this process, without Ray: under a debugger, for example."""
     from portllm.engine.local import run_step
@@ -177,16 +194,25 @@ def step(
 
 @app.command()
 def explain(
-    study: StudyFile, which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
-    override: Overrides = None, store: StoreOption = None,
+    study: StudyFile,
+    which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    override: Overrides = None,
+    store: StoreOption = None,
 ) -> None:
     """Show what a step's key is made of, and how it differs from published steps of the same label."""
     from portllm.report.plan_text import differences
 
     asked, _, planned = _planned(study, override)
     chosen, kept = _one_step(planned, which), _store(asked, study, store)
-    _print_json({"key": chosen.key, "label": chosen.label, "payload": chosen.payload(),
-                 "published": kept.has(chosen.stage, chosen.key), "differs": differences(chosen, kept)})
+    _print_json(
+        {
+            "key": chosen.key,
+            "label": chosen.label,
+            "payload": chosen.payload(),
+            "published": kept.has(chosen.stage, chosen.key),
+            "differs": differences(chosen, kept),
+        }
+    )
 
 
 # --- what came out
@@ -194,7 +220,9 @@ def explain(
 
 @app.command()
 def results(
-    study: StudyFile, override: Overrides = None, store: StoreOption = None,
+    study: StudyFile,
+    override: Overrides = None,
+    store: StoreOption = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", help="File; parquet needs one.", metavar="FILE")] = None,
 ) -> None:
@@ -207,7 +235,9 @@ def results(
 
 @app.command()
 def report(
-    study: StudyFile, override: Overrides = None, store: StoreOption = None,
+    study: StudyFile,
+    override: Overrides = None,
+    store: StoreOption = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: in the store.")] = None,
 ) -> None:
     """Write the report: one self-contained HTML page."""
@@ -235,11 +265,77 @@ def verify(study: StudyFile, override: Overrides = None, store: StoreOption = No
     asked, _, planned = _planned(study, override)
     kept = _store(asked, study, store)
     published = [s for s in planned.steps.values() if kept.has(s.stage, s.key)]
-    bad = [f"{kept.path(s.stage, s.key) / name}: differs from its record ({s.label})" for s in published
-           for name in verify_artifact(kept.path(s.stage, s.key), kept.record(s.stage, s.key))]
+    bad = [
+        f"{kept.path(s.stage, s.key) / name}: differs from its record ({s.label})"
+        for s in published
+        for name in verify_artifact(kept.path(s.stage, s.key), kept.record(s.stage, s.key))
+    ]
     if bad:
         raise StoreError("\n".join(bad))
     print(f"{len(published)} published steps are intact")
+
+
+# --- a cluster
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="URL", help="Dashboard of the Ray cluster; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS."
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As printed by submit and jobs.")]
+
+
+@app.command()
+def submit(
+    study: StudyFile,
+    override: Overrides = None,
+    store: StoreOption = None,
+    address: Address = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Upload nothing: the cluster sees this file system.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")] = False,
+) -> None:
+    """Submit a study to a Ray cluster through its Jobs API; prints the job's id."""
+    from portllm.engine import submit as cluster
+
+    chosen = str(store) if store else None
+    print(cluster.submit(study, address=address, store=chosen, overrides=override or [], shared=shared, follow=follow))
+
+
+@app.command()
+def jobs(address: Address = None, json: Json = False) -> None:
+    """List the cluster's jobs, newest first."""
+    from portllm.engine import submit as cluster
+
+    found = cluster.jobs(address)
+    if json:
+        _print_json([vars(job) | {"wall_s": job.wall_s} for job in found])
+        return
+    for job in found:
+        wall = f"{job.wall_s:.0f} s" if job.wall_s is not None else "-"
+        print(f"{job.id}  {job.status:<9}  {wall:>8}  {job.study}")
+
+
+@app.command()
+def logs(
+    job: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
+) -> None:
+    """Print a job's log."""
+    from portllm.engine import submit as cluster
+
+    cluster.logs(job, address, follow=follow)
+
+
+@app.command()
+def cancel(job: JobId, address: Address = None) -> None:
+    """Stop a job; what it published stays."""
+    from portllm.engine import submit as cluster
+
+    print(f"{job}: {'asked to stop' if cluster.cancel(job, address) else 'had ended already'}")
 
 
 # --- helpers

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,13 @@ def world(tmp_path):
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, "-m", "portllm", *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "portllm", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def lines_until(process, word):
@@ -38,18 +44,23 @@ def lines_until(process, word):
 
 def artifacts(store):
     """Every published file but the records, which hold times."""
-    return {p.relative_to(store): p.read_bytes() for p in store.glob("artifacts/*/*/*")
-            if p.is_file() and p.name not in ("record.json", "curve.jsonl", "provenance.json")}
+    return {
+        p.relative_to(store): p.read_bytes()
+        for p in store.glob("artifacts/*/*/*")
+        if p.is_file() and p.name not in ("record.json", "curve.jsonl", "provenance.json")
+    }
 
 
 def test_a_diverging_training_fails_alone_and_names_its_log(world, tmp_path):
     """A learning rate that overflows float32 gives a loss that is not a number: refused by the step, not published."""
     store = tmp_path / "s"
-    two = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e30}}]"
+    two = (
+        "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e30}}]"
+    )
     error = portllm("run", world, "--store", store, "--yes", "-o", two, code=1)
     assert "StageError" in error and "log: " in error and "is nan" in error
     log = error.split("log: ")[1].split()[0]
-    assert "is nan" in open(log).read()
+    assert "is nan" in Path(log).read_text()
     status = json.loads(portllm("status", world, "--store", store, "-o", two, "--json"))
     states = {s["label"]: s["status"] for s in status}
     assert states["finetune m t=0 tone r2 s0"] == "failed" and states["evaluate m t=0 tone port r2 s0"] == "missing"
@@ -75,7 +86,7 @@ def _wait_for_worker(driver):
     for _ in range(200):
         found = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
         for line in found.splitlines():
-            pid, session, *arguments = line.split(maxsplit=2)
+            pid, _session, *arguments = line.split(maxsplit=2)
             if arguments and "ray::Worker" in arguments[0] and _descends(int(pid), driver):
                 return int(pid)
         time.sleep(0.1)

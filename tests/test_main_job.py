@@ -5,21 +5,32 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.toys import STUDY, write_model, write_patch, write_world
 
-TWO_LINEAGES = STUDY.replace("tasks:", """  hard: {model: m, updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]}
+TWO_LINEAGES = STUDY.replace(
+    "tasks:",
+    """  hard:
+    model: m
+    updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]
 export: [{lineage: hard, t: 1, arm: port}]
-tasks:""")
+tasks:""",
+)
 
 
 def portllm(*arguments, code=0, **environment):
     """Run a command; returns its standard output."""
-    found = subprocess.run([sys.executable, "-m", "portllm", *map(str, arguments)], capture_output=True, text=True,
-                           env=os.environ | environment, timeout=300)
+    found = subprocess.run(
+        [sys.executable, "-m", "portllm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
     assert found.returncode == code, f"exit code {found.returncode}\n{found.stdout[-3000:]}\n{found.stderr[-6000:]}"
     return found.stdout if code == 0 else found.stderr
 
@@ -99,27 +110,36 @@ def test_the_exported_model_is_the_one_that_was_scored(finished):
     rows = json.loads(portllm("results", world, "--store", store, "--format", "json"))
     port = next(r for r in rows if (r["lineage"], r["t"], r["arm"]) == ("hard", 1, "port"))
     other = world.parent / "exported.yaml"
-    other.write_text(STUDY.replace("name: toy", "name: exported").replace("path: model", f"path: {exported}").replace("finetune: {", "arms: [none]\nfinetune: {"))
+    other.write_text(
+        STUDY.replace("name: toy", "name: exported")
+        .replace("path: model", f"path: {exported}")
+        .replace("finetune: {", "arms: [none]\nfinetune: {")
+    )
     portllm("run", other, "--store", store, "--yes", "-o", "lineages.soft.updates=[]")
-    none = json.loads(portllm("results", other, "--store", store, "--format", "json", "-o", "lineages.soft.updates=[]"))[0]
+    none = json.loads(
+        portllm("results", other, "--store", store, "--format", "json", "-o", "lineages.soft.updates=[]")
+    )[0]
     assert none["key"] != port["key"]
     scores = [_loglikelihoods(store, key) for key in (port["key"], none["key"])]
-    assert np.allclose(*scores, atol=1e-5, rtol=0)  # the weights are equal to the bit (tests/work), memory alignment may differ
+    assert np.allclose(
+        *scores, atol=1e-5, rtol=0
+    )  # the weights are equal to the bit (tests/work), memory alignment may differ
 
 
 def _loglikelihoods(store, key):
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(store / "artifacts" / "evaluate" / key / "items.parquet")[
-        "choice_loglikelihoods"].to_pylist()
+        "choice_loglikelihoods"
+    ].to_pylist()
 
 
 def test_the_report_is_one_page_that_loads_nothing(finished):
     world, store, _ = finished
-    path = portllm("report", world, "--store", store).strip()
-    page = open(path, encoding="utf-8").read()
+    path = Path(portllm("report", world, "--store", store).strip())
+    page = path.read_text(encoding="utf-8")
     assert "mood" in page and "<svg" in page
-    assert "src=\"http" not in page and "href=\"http" not in page
+    assert 'src="http' not in page and 'href="http' not in page
 
 
 def test_mlflow_holds_the_runs_and_a_lost_one_is_rebuilt(finished):
@@ -192,7 +212,9 @@ def test_verify_finds_a_flipped_bit(finished, tmp_path):
 
 
 def test_given_versions_and_patches_train_nothing(tmp_path):
-    world = write_world(tmp_path / "w", """
+    world = write_world(
+        tmp_path / "w",
+        """
 name: given
 data_root: data
 models: {m: {path: model}}
@@ -201,7 +223,8 @@ tasks: [{task: mood, include_path: tasks}]
 patches: {mood: patch}
 arms: [none, port]
 tracking: {enabled: false}
-""")
+""",
+    )
     write_model(world.parent / "v1", seed=1)
     write_model(world.parent / "v2", seed=2)
     write_patch(world.parent / "patch", world.parent / "model")
@@ -209,12 +232,26 @@ tracking: {enabled: false}
     assert {label.split()[0] for label in report["executed"]} == {"requests", "evaluate"}
     rows = json.loads(portllm("results", world, "--store", tmp_path / "s", "--format", "json"))
     assert [(r["t"], r["arm"], r["update"], r["rank"]) for r in rows] == [
-        (0, "none", None, None), (0, "port", None, 2), (1, "none", "given", None), (1, "port", "given", 2),
-        (2, "none", "given", None), (2, "port", "given", 2)]
+        (0, "none", None, None),
+        (0, "port", None, 2),
+        (1, "none", "given", None),
+        (1, "port", "given", 2),
+        (2, "none", "given", None),
+        (2, "port", "given", 2),
+    ]
 
 
-@pytest.mark.parametrize("override", ["models.m.pth=x", "models.m.path=nowhere", "finetune.rank=0", "tasks=[nope]",
-                                      "corpora.c.path=none.txt", "models.m={hub: a/b}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "models.m.pth=x",
+        "models.m.path=nowhere",
+        "finetune.rank=0",
+        "tasks=[nope]",
+        "corpora.c.path=none.txt",
+        "models.m={hub: a/b}",
+    ],
+)
 def test_bad_input_is_one_error_exit_code_two_and_nothing_written(finished, tmp_path, override):
     world, _, _ = finished
     error = portllm("run", world, "--store", tmp_path / "s", "--yes", "-o", override, code=2)

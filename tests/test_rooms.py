@@ -19,8 +19,16 @@ ALLOWED = {
     "engine": {"engine", "work", "store", "track", "study", "errors", "formats"},
 }
 """Room to the rooms that it may import."""
-LOADS = {"study": set(), "formats": set(), "store": set(), "resolve": set(), "work": {"torch", "transformers", "peft"},
-         "track": set(), "report": set(), "engine": {"ray"}}
+LOADS = {
+    "study": set(),
+    "formats": set(),
+    "store": set(),
+    "resolve": set(),
+    "work": {"torch", "transformers", "peft"},
+    "track": set(),
+    "report": set(),
+    "engine": {"ray"},
+}
 """Room to the heavy libraries that importing all of its modules may load (torch brings none of the others)."""
 EITHER = {"engine": {"torch", "transformers", "peft"}}
 
@@ -56,8 +64,10 @@ def test_work_knows_neither_store_nor_ray_nor_mlflow_by_source():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["schema"], ["plan", "--help"]])
 def test_light_commands_load_nothing_heavy(arguments):
-    script = (f"import sys\nfrom portllm.cli import main\ntry: main({arguments!r})\n"
-              "finally: print('LOADED', ' '.join(sys.modules))")
+    script = (
+        f"import sys\nfrom portllm.cli import main\ntry: main({arguments!r})\n"
+        "finally: print('LOADED', ' '.join(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.returncode == 0
     assert not set(found.stdout.rsplit("LOADED", 1)[1].split()) & (HEAVY | {"pyarrow", "numpy"})

@@ -7,7 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-WORDS = "good bad nice poor it was the film a very question : positive or negative ? answer yes no red blue".split()
+WORDS = [
+    *("good", "bad", "nice", "poor", "it", "was", "the", "film", "a", "very"),
+    *("question", ":", "positive", "or", "negative", "?", "answer", "yes", "no", "red", "blue"),
+]
+"""The first ten make sentences."""
 
 
 def write_model(path: Path, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
@@ -19,12 +23,22 @@ def write_model(path: Path, seed: int = 0, hidden: int = 32, layers: int = 2) ->
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                            pad_token="</s>").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(path)
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden,
-                         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
@@ -51,12 +65,21 @@ def write_tasks(root: Path, names: tuple[str, ...] = ("mood", "tone"), train: in
     (root / "tasks").mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):
         write_rows(root / "data" / name, random.Random(seed), train, validation)
-        (root / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({
-            "task": name, "dataset_path": "parquet", "output_type": "multiple_choice", "training_split": "train",
-            "validation_split": "validation", "doc_to_text": "{{sentence}} question : positive or negative ? answer :",
-            "doc_to_target": "label", "doc_to_choice": ["bad", "good"],
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }))
+        (root / "tasks" / f"{name}.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "task": name,
+                    "dataset_path": "parquet",
+                    "output_type": "multiple_choice",
+                    "training_split": "train",
+                    "validation_split": "validation",
+                    "doc_to_text": "{{sentence}} question : positive or negative ? answer :",
+                    "doc_to_target": "label",
+                    "doc_to_choice": ["bad", "good"],
+                    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+                }
+            )
+        )
     return root
 
 
@@ -90,7 +113,9 @@ data_root: data
 models: {m: {path: model}}
 corpora: {c: {path: corpus.txt}}
 lineages:
-  soft: {model: m, updates: [{corpus: c, method: lora, rank: 2, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]}
+  soft:
+    model: m
+    updates: [{corpus: c, method: lora, rank: 2, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]
 tasks: [{task: mood, include_path: tasks}]
 finetune: {rank: 2, learning_rate: 1e-2, steps: 4, batch: 8}
 """

@@ -31,9 +31,15 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options = {"address": address} if address else {
-        "num_cpus": os.cpu_count(), "object_store_memory": _OBJECT_STORE, "include_dashboard": False,
-    }
+    options = (
+        {"address": address}
+        if address
+        else {
+            "num_cpus": os.cpu_count(),
+            "object_store_memory": _OBJECT_STORE,
+            "include_dashboard": False,
+        }
+    )
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="portllm", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -45,5 +51,6 @@ def _connect(address: str | None) -> bool:
 def _nodes() -> dict[str, Size]:
     return {
         node["NodeID"]: Size(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-        for node in ray.nodes() if node["Alive"]
+        for node in ray.nodes()
+        if node["Alive"]
     }

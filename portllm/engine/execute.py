@@ -1,4 +1,4 @@
-"""One step executed in this process: attempt → stage → publish. The same for a warm worker, a gang's rank and `step`."""
+"""One step executed in this process: attempt → stage → publish; for a warm worker and for `portllm step`."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 from portllm import __version__
 from portllm.engine.failures import Failure
 from portllm.store.store import Store
-from portllm.study.plan import Plan, Step
+from portllm.study.steps import Plan, Step
 from portllm.work.context import RunContext, Summary
 
 STAGES = {
@@ -86,16 +86,25 @@ def execute(job: Job, context: RunContext) -> Outcome:
         store.discard(attempt)
         return outcome_of(error, step.key, time.monotonic() - clock, log, started)
     loads = context.versions.loads - loads
-    return Outcome(step.key, True, wall, summary, loads=loads, host=socket.gethostname(), pid=os.getpid(),
-                   started=started)
+    return Outcome(
+        step.key, True, wall, summary, loads=loads, host=socket.gethostname(), pid=os.getpid(), started=started
+    )
 
 
 def make_record(step: Step, summary: Summary, wall: float, started: float) -> dict[str, Any]:
     """What is kept beside a published output."""
     return {
-        "stage": step.stage, "label": step.label, "payload": step.payload(), "summary": summary, "wall_s": wall,
-        "devices": max(1, step.layout.gpus) * step.layout.workers, "started": started, "host": socket.gethostname(),
-        "pid": os.getpid(), "portllm": __version__, "resources": vars(step.layout),
+        "stage": step.stage,
+        "label": step.label,
+        "payload": step.payload(),
+        "summary": summary,
+        "wall_s": wall,
+        "devices": max(1, step.layout.gpus) * step.layout.workers,
+        "started": started,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "portllm": __version__,
+        "resources": vars(step.layout),
         "peak_process_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

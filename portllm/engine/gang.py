@@ -46,12 +46,14 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
         _rank,
         train_loop_config={"job": job, "attempt": str(attempt), "log": str(log), "scratch": scratch},
         scaling_config=ScalingConfig(
-            num_workers=layout.workers, use_gpu=gpus,
+            num_workers=layout.workers,
+            use_gpu=gpus,
             resources_per_worker={"CPU": layout.threads} | ({"GPU": layout.gpus} if gpus else {}),
         ),
         torch_config=TorchConfig(backend="nccl" if gpus and _cuda() else "gloo"),
         run_config=RunConfig(
-            name=job.step.key[:16], storage_path=str(_train_directory(store)),
+            name=job.step.key[:16],
+            storage_path=str(_train_directory(store)),
             failure_config=FailureConfig(max_failures=0),
         ),
     )
@@ -67,8 +69,9 @@ def _rank(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     where = get_context()
-    context = new_context(Path(config["scratch"]), job.step.layout.threads, where.get_world_rank(),
-                          where.get_world_size())
+    context = new_context(
+        Path(config["scratch"]), job.step.layout.threads, where.get_world_rank(), where.get_world_size()
+    )
     context.layout = job.step.layout
     with open(config["log"], "a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)

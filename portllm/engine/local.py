@@ -6,7 +6,7 @@ from portllm.engine.execute import Outcome, execute, job_for
 from portllm.engine.workers import new_context
 from portllm.errors import EngineError
 from portllm.store.store import Store
-from portllm.study.plan import Plan, Step
+from portllm.study.steps import Plan, Step
 
 
 def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
@@ -15,8 +15,10 @@ def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
         if key in plan.steps and not store.has(plan.steps[key].stage, key):
             raise EngineError(f"{step.label} needs `{plan.steps[key].label}` ({role}), which is not published yet")
     if step.layout.workers > 1:
-        raise EngineError(f"{step.label} runs on {step.layout.workers} workers: use `portllm run`, or "
-                          f"-o resources.{step.stage}.workers=1")
+        raise EngineError(
+            f"{step.label} runs on {step.layout.workers} workers: use `portllm run`, or "
+            f"-o resources.{step.stage}.workers=1"
+        )
     context = new_context(store.paths.scratch, step.layout.threads)
     context.layout = step.layout
     return execute(job_for(step, plan, store), context)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from portllm.engine.schedule import Schedule
-    from portllm.study.plan import Step
+    from portllm.study.steps import Step
 
 
 @dataclass
@@ -59,8 +59,10 @@ class Progress:
         left = _left(time.monotonic() - self.started, done - before, self.total - done)
         failed = f" · {len(schedule.failed)} failed" if schedule.failed else ""
         ready = len(schedule.ready) + sum(map(len, schedule.cells.values()))
-        self.live.update(f"{done}/{self.total} done · {len(running)} running · {ready + schedule.waiting} waiting"
-                         f"{failed} · {left}\n  " + "\n  ".join(running))
+        self.live.update(
+            f"{done}/{self.total} done · {len(running)} running · {ready + schedule.waiting} waiting"
+            f"{failed} · {left}\n  " + "\n  ".join(running)
+        )
 
 
 def _left(elapsed: float, done: int, remaining: int) -> str:

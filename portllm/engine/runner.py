@@ -24,7 +24,7 @@ from portllm.engine.schedule import Schedule, VersionId, size_of
 from portllm.engine.workers import start_worker
 from portllm.errors import EngineError
 from portllm.store.store import Store
-from portllm.study.plan import Plan, Step
+from portllm.study.steps import Plan, Step
 
 
 @dataclass
@@ -165,7 +165,7 @@ class Runner:
         return slot
 
     def _retire(self, slot: Slot) -> Any:
-        """End an idle worker; its capacity counts as free from here on, and Ray gives it out once the process is gone."""
+        """End an idle worker; its capacity counts as free from here on, Ray gives it out once the process is gone."""
         self.slots.remove(slot)
         self.budget.release(slot.node, slot.size)
         return slot.actor.end.remote()
@@ -212,11 +212,12 @@ class Runner:
 
     def _outcome(self, reference: Any, holder: Slot | Gang, step: Step) -> Outcome:
         try:
-            return ray.get(reference)  # type: ignore[no-any-return]
+            return ray.get(reference)
         except ray.exceptions.RayError as error:
             log = self.store.root / "logs"
-            failure = Failure(DIED, f"the process that executed it died: {str(error).splitlines()[0]}", str(error)[-2000:],
-                              str(log))
+            failure = Failure(
+                DIED, f"the process that executed it died: {str(error).splitlines()[0]}", str(error)[-2000:], str(log)
+            )
             return Outcome(step.key, False, 0.0, failure=failure)
 
     def _release(self, holder: Slot | Gang, outcome: Outcome) -> None:

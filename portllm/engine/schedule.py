@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from portllm.engine.pool import Size
-from portllm.study.plan import Plan, Step
+from portllm.study.steps import Plan, Step
 
 VersionId = tuple[str, ...]
 _FIRST = {"base": 0, "update": 1, "corpus": 2, "requests": 3}
@@ -114,7 +114,7 @@ class Schedule:
         return [step for step in self.ready.values() if step.layout.workers > 1]
 
     def pick(self, size: Size, resident: VersionId | None, served: set[VersionId]) -> Step | None:
-        """The next step for a worker of a size whose open version is `resident`; `served`: versions others score now."""
+        """The next step for a worker whose open version is `resident`; `served`: versions others score now."""
         if resident is not None and (step := self._cell(resident, size)):
             return step
         singles = [s for s in self.ready.values() if s.layout.workers == 1 and size_of(s) == size]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from portllm.errors import EngineError
 from portllm.store.results import rows, training
 from portllm.store.store import Store
-from portllm.study.plan import Cell, Plan, Step
 from portllm.study.spec import Study
+from portllm.study.steps import Cell, Plan, Step
 
 if TYPE_CHECKING:
     from portllm.track.mlflow_mirror import Mirror
@@ -24,8 +24,18 @@ _TRAININGS = ("base", "update", "finetune")
 
 def nothing_to_do() -> dict[str, Any]:
     """The report of a run that found everything published."""
-    return {"executed": [], "steps_executed": 0, "failed": {}, "blocked": [], "evaluation_loads": 0,
-            "training_loads": 0, "process_starts": 0, "evaluators": 0, "versions": 0, "wall_s": 0.0}
+    return {
+        "executed": [],
+        "steps_executed": 0,
+        "failed": {},
+        "blocked": [],
+        "evaluation_loads": 0,
+        "training_loads": 0,
+        "process_starts": 0,
+        "evaluators": 0,
+        "versions": 0,
+        "wall_s": 0.0,
+    }
 
 
 def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet: bool) -> dict[str, Any]:
@@ -47,8 +57,11 @@ def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet:
         _close(mirror, quiet)
     report.wall_s = round(time.monotonic() - started, 2)
     _say(plan, report, quiet)
-    return {**vars(report), "steps_executed": len(report.executed),
-            "failed": {label: vars(failure) for label, failure in report.failed.items()}}
+    return {
+        **vars(report),
+        "steps_executed": len(report.executed),
+        "failed": {label: vars(failure) for label, failure in report.failed.items()},
+    }
 
 
 def _interrupt(*_: object) -> None:
@@ -59,8 +72,9 @@ def _require_compiler(store: Store, plan: Plan) -> None:
     """DeepSpeed compiles its CPU op at the first use; without a compiler every training would fail one by one."""
     missing = [s for s in plan.steps.values() if s.stage in _TRAININGS and not store.has(s.stage, s.key)]
     if missing and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise EngineError("no C++ compiler (g++ or clang++), which DeepSpeed needs: install one, for example "
-                          "`apt-get install g++`")
+        raise EngineError(
+            "no C++ compiler (g++ or clang++), which DeepSpeed needs: install one, for example `apt-get install g++`"
+        )
 
 
 def _publisher(mirror: Mirror | None, plan: Plan, store: Store) -> Callable[[Step], None]:
@@ -82,8 +96,9 @@ def _close(mirror: Mirror | None, quiet: bool) -> None:
     if mirror is not None:
         for warning in mirror.close(timeout=60):
             if not quiet:
-                print(f"tracking: {warning} (the study is not affected; `portllm track` writes it again)",
-                      file=sys.stderr)
+                print(
+                    f"tracking: {warning} (the study is not affected; `portllm track` writes it again)", file=sys.stderr
+                )
 
 
 def _say(plan: Plan, report: Any, quiet: bool) -> None:

@@ -42,8 +42,18 @@ if TYPE_CHECKING:
 
 UPLOAD_LIMIT = 100 * 1024**2
 """Bytes; Ray refuses a larger package, after packing it."""
-NEVER_UPLOADED = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", "node_modules",
-                  "portllm-store", "*.pyc")
+NEVER_UPLOADED = (
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "node_modules",
+    "portllm-store",
+    "*.pyc",
+)
 _PATH_FIELDS = ("path", "gguf", "include_path", "shape")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 1.0
@@ -86,8 +96,15 @@ class Package:
 # --- commands
 
 
-def submit(study: Path, *, address: str | None = None, store: str | None = None, overrides: Sequence[str] = (),
-           shared: bool = False, follow: bool = False) -> str:
+def submit(
+    study: Path,
+    *,
+    address: str | None = None,
+    store: str | None = None,
+    overrides: Sequence[str] = (),
+    shared: bool = False,
+    follow: bool = False,
+) -> str:
     """Submit a study; returns the job's id. With `follow`, prints the job's log until it ends.
 
     Raises SpecError for a study that cannot travel, EngineError for a cluster that cannot be reached, that refuses the
@@ -115,8 +132,9 @@ def jobs(address: str | None = None) -> list[Job]:
     return sorted(found, key=lambda job: job.started or float("inf"), reverse=True)
 
 
-def logs(job: str, address: str | None = None, *, follow: bool = False,
-         write: Callable[[str], Any] | None = None) -> None:
+def logs(
+    job: str, address: str | None = None, *, follow: bool = False, write: Callable[[str], Any] | None = None
+) -> None:
     """Write a job's log to standard output, or through `write`; with `follow`, until the job ends."""
     write = write or _print
     if follow:
@@ -148,8 +166,9 @@ def follow_job(job: str, address: str | None = None, write: Callable[[str], Any]
             time.sleep(_POLL_S)
     if status != "SUCCEEDED":
         reason = f": {info.message.strip()}" if info.message else ""
-        raise EngineError(f"job {job} {status.lower()}{reason}\n"
-                          f"what it published is kept; submit the study again to go on from there")
+        raise EngineError(
+            f"job {job} {status.lower()}{reason}\nwhat it published is kept; submit the study again to go on from there"
+        )
 
 
 async def _tail(client: JobSubmissionClient, job: str, shown: int, write: Callable[[str], Any]) -> int:
@@ -161,7 +180,7 @@ async def _tail(client: JobSubmissionClient, job: str, shown: int, write: Callab
     sent = 0
     with contextlib.suppress(RuntimeError, OSError):
         async for text in client.tail_job_logs(job):
-            fresh = text[max(0, shown - sent):]
+            fresh = text[max(0, shown - sent) :]
             sent += len(text)
             if fresh:
                 write(fresh)
@@ -178,17 +197,21 @@ def pack(file: Path, study: Study, store: str | None, shared: bool) -> Package:
         return Package(str(file.resolve()), str(_here(base, study, store)), (), base)
     kept = store or study.store
     if kept is None or not (kept.startswith("/") or "://" in kept):
-        raise SpecError(f"{file}: give the job a store that outlives it: --store with an absolute path that every node "
-                        f"of the cluster sees (found {kept or 'none'}); or --shared if the cluster sees this folder")
+        raise SpecError(
+            f"{file}: give the job a store that outlives it: --store with an absolute path that every node "
+            f"of the cluster sees (found {kept or 'none'}); or --shared if the cluster sees this folder"
+        )
     named = _named_below(file, base, study)
     own = [file.resolve(), file.resolve().with_suffix(".lock.json")]
     files = tuple(dict.fromkeys(f for path in (*own, *named) for f in walk(path)))
     total = sum(f.stat().st_size for f in files)
     if total >= UPLOAD_LIMIT:
         largest = max(files, key=lambda f: f.stat().st_size)
-        raise SpecError(f"{file}: the study and the files it names take {total / 1024**2:.0f} MiB, and Ray uploads "
-                        f"less than {UPLOAD_LIMIT // 1024**2} (largest: {largest.relative_to(base)}); put them on a "
-                        f"file system the cluster sees and name them by absolute paths, or use --shared")
+        raise SpecError(
+            f"{file}: the study and the files it names take {total / 1024**2:.0f} MiB, and Ray uploads "
+            f"less than {UPLOAD_LIMIT // 1024**2} (largest: {largest.relative_to(base)}); put them on a "
+            f"file system the cluster sees and name them by absolute paths, or use --shared"
+        )
     return Package(file.name, kept, files, base)
 
 
@@ -231,8 +254,10 @@ def _named_below(file: Path, base: Path, study: Study) -> list[Path]:
             continue
         inside = Path(os.path.normpath(base / path))
         if not inside.is_relative_to(base):
-            raise SpecError(f"{file}: {field}: {text} leaves the study's folder, so it is not uploaded; give an "
-                            f"absolute path that every node of the cluster sees, or --shared if it sees this folder")
+            raise SpecError(
+                f"{file}: {field}: {text} leaves the study's folder, so it is not uploaded; give an "
+                f"absolute path that every node of the cluster sees, or --shared if it sees this folder"
+            )
         if inside.exists():
             found.append(inside)
         elif not field.endswith(".shape"):  # a shape may be a name that ships with portllm
@@ -340,11 +365,13 @@ def _client(address: str | None, job: str | None = None) -> Iterator[JobSubmissi
     except AuthenticationError as error:
         raise EngineError(
             f"the Ray cluster at {where} refuses the token ({_first_line(error)}): put the cluster's token into "
-            f"RAY_AUTH_TOKEN, or into ~/.ray/auth_token (on the head: `ray get-auth-token`)") from None
+            f"RAY_AUTH_TOKEN, or into ~/.ray/auth_token (on the head: `ray get-auth-token`)"
+        ) from None
     except (ConnectionError, RequestException) as error:
         raise EngineError(
             f"no Ray dashboard at {where} ({_first_line(error)}): give --address http://HEAD:8265, and check that the "
-            f"head runs with its dashboard and that the port is reachable") from None
+            f"head runs with its dashboard and that the port is reachable"
+        ) from None
     except EngineError:
         raise
     except RuntimeError as error:
@@ -365,10 +392,12 @@ def _address_wins(address: str | None) -> Iterator[None]:
 
 def _job(details: Any) -> Job:
     return Job(
-        id=str(details.submission_id), status=_status(details),
+        id=str(details.submission_id),
+        status=_status(details),
         study=(details.metadata or {}).get("portllm_study", ""),
         started=details.start_time / 1000 if details.start_time else None,
-        ended=details.end_time / 1000 if details.end_time else None, message=details.message or "",
+        ended=details.end_time / 1000 if details.end_time else None,
+        message=details.message or "",
     )
 
 

@@ -55,7 +55,8 @@ def quiet_libraries() -> None:
 def start_worker(node: str, size: Size, scratch: Path) -> Any:
     """An actor on a node, holding exactly its size."""
     options = {
-        "num_cpus": size.cpus, "num_gpus": size.gpus,
+        "num_cpus": size.cpus,
+        "num_gpus": size.gpus,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
     return Worker.options(**options).remote(str(scratch), size.cpus)  # type: ignore[attr-defined]

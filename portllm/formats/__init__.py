@@ -1,1 +1,1 @@
-"""How things on disk are read: safetensors headers, PEFT adapters, lm-eval tasks. A leaf: no torch, no Ray, no other room."""
+"""How things on disk are read: safetensors headers, PEFT adapters, lm-eval tasks. A leaf without torch."""

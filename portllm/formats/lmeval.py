@@ -32,6 +32,7 @@ __all__ = [
     "training_documents", "training_pairs",
 ]  # fmt: skip
 
+
 @dataclass(frozen=True)
 class TaskFacts:
     """What a plan knows of a task. JSON-able."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import ResolveError
+from portllm.study.recipes import Dtype
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes of one element, by safetensors' name of the dtype."""
-STORAGE: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STORAGE: Mapping[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The dtypes a version's weights may be stored in: safetensors' name to torch's."""
 HEADER_LIMIT = 100_000_000
 """Bytes of JSON: the reference implementation's own limit."""
@@ -216,7 +217,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def storage_dtype(tensors: Mapping[str, TensorEntry]) -> str:
+def storage_dtype(tensors: Mapping[str, TensorEntry]) -> Dtype:
     """The storage dtype D, as torch names it: the one most bytes are in. `ResolveError` for quantised weights."""
     bytes_of: Counter[str] = Counter()
     for entry in tensors.values():

@@ -11,9 +11,9 @@ from typing import Any
 
 from portllm.errors import ResolveError
 from portllm.study.generators import generate
-from portllm.study.recipes import Text
+from portllm.study.recipes import Format, Text
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
+FORMATS: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
 """File name ending to format."""
 
 

@@ -13,8 +13,8 @@ from portllm.errors import SpecError
 from portllm.report.verdicts import Verdict, verdicts
 from portllm.store.results import items, rows, trainings
 from portllm.store.store import Store
-from portllm.study.plan import Plan
 from portllm.study.spec import Study
+from portllm.study.steps import Plan
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm_eval", "datasets", "mlflow")
 
@@ -53,19 +53,25 @@ def write_report(study: Study, plan: Plan, store: Store, output: Path | None) ->
 
 def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:
     """Port or refit, for every patch and version of the study that has results."""
-    return verdicts(rows(plan.cells, store), lambda key: items(store, key), trainings(plan, store),
-                    margin=study.report.margin)
+    return verdicts(
+        rows(plan.cells, store), lambda key: items(store, key), trainings(plan, store), margin=study.report.margin
+    )
 
 
 def _facts(study: Study, store: Store) -> dict[str, Any]:
     """What the page says was asked."""
     shown = study.model_dump(exclude_defaults=True, exclude_none=True)
     return {
-        "name": study.name, "models": shown["models"], "lineages": shown["lineages"],
-        "tasks": [t.task for t in study.tasks], "arms": study.arms,
-        "seeds": study.finetune.seeds if study.finetune else [], "store": store.root.name,
+        "name": study.name,
+        "models": shown["models"],
+        "lineages": shown["lineages"],
+        "tasks": [t.task for t in study.tasks],
+        "arms": study.arms,
+        "seeds": study.finetune.seeds if study.finetune else [],
+        "store": store.root.name,
         "libraries": {"portllm": __version__} | {name: version(name) for name in _LIBRARIES},
-        "command": f"portllm run {study.name}.yaml", "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"portllm run {study.name}.yaml",
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

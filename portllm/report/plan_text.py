@@ -17,7 +17,7 @@ from portllm.study.estimate import (
     total,
 )
 from portllm.study.facts import Facts
-from portllm.study.plan import Plan, Step
+from portllm.study.steps import Plan, Step
 
 STAGES = ("base", "corpus", "requests", "update", "finetune", "evaluate", "export")
 """Order of display."""
@@ -27,32 +27,44 @@ def plan_text(plan: Plan, facts: Facts, published: set[str], store: str) -> str:
     """Stages, cells, what exists, what the rest costs."""
     costs = by_stage(plan, facts, frozenset(published))
     lines = [f"{plan.name}: {len(plan.steps)} steps, {len(plan.cells)} cells, store {store}", ""]
-    lines.append(f"{'stage':<10}{'steps':>7}{'published':>11}{'to run':>8}{'device-hours':>14}{'memory':>10}{'disk':>10}"
-                 f"  per worker")
+    lines.append(
+        f"{'stage':<10}{'steps':>7}{'published':>11}{'to run':>8}{'device-hours':>14}{'memory':>10}{'disk':>10}"
+        f"  per worker"
+    )
     for stage in STAGES:
         steps = [s for s in plan.steps.values() if s.stage == stage]
         if steps:
             lines.append(_stage_line(stage, steps, published, costs.get(stage, Cost())))
     whole = total(costs)
     done = len(published & plan.steps.keys())
-    lines.append(f"{'total':<10}{len(plan.steps):>7}{done:>11}{len(plan.steps) - done:>8}{_hours(whole):>14}"
-                 f"{_bytes(whole.memory):>10}{_bytes(whole.disk):>10}")
-    lines += ["", f"Estimates count {CPU_FLOPS:.0e} FLOP/s a CPU thread, {GPU_FLOPS:.1e} a GPU, {DOCUMENT_TOKENS} tokens a "
-              "document; memory is weights, gradients and optimizer state, activations come on top."]
+    lines.append(
+        f"{'total':<10}{len(plan.steps):>7}{done:>11}{len(plan.steps) - done:>8}{_hours(whole):>14}"
+        f"{_bytes(whole.memory):>10}{_bytes(whole.disk):>10}"
+    )
+    lines += [
+        "",
+        f"Estimates count {CPU_FLOPS:.0e} FLOP/s a CPU thread, {GPU_FLOPS:.1e} a GPU, {DOCUMENT_TOKENS} tokens a "
+        "document; memory is weights, gradients and optimizer state, activations come on top.",
+    ]
     unknown = sorted(name for name, model in facts.models.items() if model.shape is None)
     if unknown:
         lines.append(f"Shape unknown before a run, so not in the estimate: {', '.join(unknown)}.")
     lines += [f"note: {note}" for note in plan.notes]
     if plan.unpinned:
-        lines += ["", f"Not pinned to a commit, so this plan has no keys and will not run: {', '.join(plan.unpinned)}.",
-                  "`portllm lock STUDY` pins them."]
+        lines += [
+            "",
+            f"Not pinned to a commit, so this plan has no keys and will not run: {', '.join(plan.unpinned)}.",
+            "`portllm lock STUDY` pins them.",
+        ]
     return "\n".join(lines)
 
 
 def _stage_line(stage: str, steps: list[Step], published: set[str], price: Cost) -> str:
     done = sum(s.key in published for s in steps)
-    return (f"{stage:<10}{len(steps):>7}{done:>11}{len(steps) - done:>8}{_hours(price):>14}{_bytes(price.memory):>10}"
-            f"{_bytes(price.disk):>10}  {_layouts(steps)}")
+    return (
+        f"{stage:<10}{len(steps):>7}{done:>11}{len(steps) - done:>8}{_hours(price):>14}{_bytes(price.memory):>10}"
+        f"{_bytes(price.disk):>10}  {_layouts(steps)}"
+    )
 
 
 def _layouts(steps: list[Step]) -> str:
@@ -81,17 +93,23 @@ def plan_json(plan: Plan, facts: Facts, published: set[str]) -> dict[str, Any]:
         "unpinned": list(plan.unpinned),
         "notes": list(plan.notes),
         "steps": [_step_json(s, plan, facts, published, keyed) for s in plan.steps.values()],
-        "cells": [vars(cell) | ({} if keyed else {"key": None, "version_key": None, "patches": []})
-                  for cell in plan.cells],
+        "cells": [
+            vars(cell) | ({} if keyed else {"key": None, "version_key": None, "patches": []}) for cell in plan.cells
+        ],
     }
 
 
 def _step_json(step: Step, plan: Plan, facts: Facts, published: set[str], keyed: bool) -> dict[str, Any]:
     price = cost(step, facts, plan)
     return {
-        "key": step.key if keyed else None, "stage": step.stage, "label": step.label,
-        "inputs": dict(step.inputs) if keyed else sorted(step.inputs), "published": step.key in published,
-        "resources": vars(step.layout), "device_s": round(price.device_s, 2), "memory_bytes": price.memory,
+        "key": step.key if keyed else None,
+        "stage": step.stage,
+        "label": step.label,
+        "inputs": dict(step.inputs) if keyed else sorted(step.inputs),
+        "published": step.key in published,
+        "resources": vars(step.layout),
+        "device_s": round(price.device_s, 2),
+        "memory_bytes": price.memory,
         "disk_bytes": price.disk,
     }
 
@@ -114,9 +132,15 @@ def status_text(plan: Plan, published: set[str], failed: Mapping[str, Mapping[st
 
 def status_json(plan: Plan, published: set[str], failed: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry per step."""
-    return [{"key": s.key, "stage": s.stage, "label": s.label,
-             "status": "published" if s.key in published else "failed" if s.key in failed else "missing"}
-            for s in plan.steps.values()]
+    return [
+        {
+            "key": s.key,
+            "stage": s.stage,
+            "label": s.label,
+            "status": "published" if s.key in published else "failed" if s.key in failed else "missing",
+        }
+        for s in plan.steps.values()
+    ]
 
 
 def differences(step: Step, store: Store) -> dict[str, list[str]]:

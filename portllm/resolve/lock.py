@@ -40,8 +40,9 @@ def hub_ids(study: Study, datasets: Mapping[str, str | None]) -> list[str]:
     `datasets`: task to its hub data set (`path:subset`), None where data are given.
     """
     ids = [f"model:{m.hub}" for m in study.models.values() if m.hub and not pinned(m.revision)]
-    ids += [f"model:{u.hub}" for line in study.lineages.values() for u in line.updates
-            if u.hub and not pinned(u.revision)]
+    ids += [
+        f"model:{u.hub}" for line in study.lineages.values() for u in line.updates if u.hub and not pinned(u.revision)
+    ]
     ids += [f"dataset:{c.hub}" for c in study.corpora.values() if c.hub and not pinned(c.revision)]
     ids += [f"dataset:{d.partition(':')[0]}" for d in datasets.values() if d]
     return list(dict.fromkeys(ids))
@@ -58,11 +59,13 @@ def apply_lock(study: Study, pins: Mapping[str, str]) -> Study:
         name: line.model_copy(update={"updates": [pin("model", u) for u in line.updates]})
         for name, line in study.lineages.items()
     }
-    return study.model_copy(update={
-        "models": {n: pin("model", m) for n, m in study.models.items()},
-        "corpora": {n: pin("dataset", c) for n, c in study.corpora.items()},
-        "lineages": lineages,
-    })
+    return study.model_copy(
+        update={
+            "models": {n: pin("model", m) for n, m in study.models.items()},
+            "corpora": {n: pin("dataset", c) for n, c in study.corpora.items()},
+            "lineages": lineages,
+        }
+    )
 
 
 def write_lock(study_file: Path, ids: list[str]) -> Path:

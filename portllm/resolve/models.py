@@ -48,7 +48,9 @@ def model_facts(name: str, model: Model, sources: Sources) -> ModelFacts:
             if stream.read(4) != b"GGUF":
                 raise ResolveError(f"models.{name}.gguf: {file} is not a GGUF file")
         given = sources.given("gguf", file, [file])
-        return ModelFacts(None, None, source=given, storage=model.dtype or "bfloat16", shape=_configured(name, model, sources))
+        return ModelFacts(
+            None, None, source=given, storage=model.dtype or "bfloat16", shape=_configured(name, model, sources)
+        )
     storage = model.dtype or ("float32" if model.init else "bfloat16")
     return ModelFacts(None, None, shape=_configured(name, model, sources), storage=storage)
 
@@ -57,7 +59,11 @@ def _configured(name: str, model: Model, sources: Sources) -> Shape | None:
     """Shape from a configuration: the one named, the one that ships, or `init`'s own."""
     storage = model.dtype or "bfloat16"
     if model.init:
-        config = {**_defaults(model.init.config), "model_type": model.init.model_type, "vocab_size": model.init.vocabulary}
+        config = {
+            **_defaults(model.init.config),
+            "model_type": model.init.model_type,
+            "vocab_size": model.init.vocabulary,
+        }
         return shapes.from_config(config, model.dtype or "float32")
     if not model.shape:
         return None

@@ -25,7 +25,9 @@ def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: cannot be read as a study file: {getattr(error, 'strerror', None) or error}") from None
+        raise SpecError(
+            f"{file}: cannot be read as a study file: {getattr(error, 'strerror', None) or error}"
+        ) from None
     study, _ = load(text, str(file), overrides)
     pins = read_lock(file)
     study = apply_lock(study, pins)
@@ -51,8 +53,14 @@ def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
     prompts = cache(lambda: task_rooms.evaluated_prompts(study, sources))
     corpora = _screened(study, corpora, tasks, prompts, sources)
     return Facts(
-        lm_eval=package_version("lm_eval"), models=models, corpora=corpora, tasks=tasks, patches=patches,
-        versions=versions, unpinned=tuple(unpinned(study, tasks)), notes=tuple(_notes(corpora)),
+        lm_eval=package_version("lm_eval"),
+        models=models,
+        corpora=corpora,
+        tasks=tasks,
+        patches=patches,
+        versions=versions,
+        unpinned=tuple(unpinned(study, tasks)),
+        notes=tuple(_notes(corpora)),
     )
 
 
@@ -82,8 +90,13 @@ def _patches(study: Study, models: dict[str, ModelFacts], sources: Sources) -> d
     return found
 
 
-def _screened(study: Study, corpora: dict[str, CorpusFacts], tasks: dict[str, TaskFacts],
-              prompts: Callable[[], Iterable[str]], sources: Sources) -> dict[str, CorpusFacts]:
+def _screened(
+    study: Study,
+    corpora: dict[str, CorpusFacts],
+    tasks: dict[str, TaskFacts],
+    prompts: Callable[[], Iterable[str]],
+    sources: Sources,
+) -> dict[str, CorpusFacts]:
     """Corpora at hand without the documents that hold an evaluated prompt; the result is remembered by content."""
     evaluated = sorted((n, t.config, t.data.key if t.data else "") for n, t in tasks.items())
     result = {}
@@ -91,8 +104,14 @@ def _screened(study: Study, corpora: dict[str, CorpusFacts], tasks: dict[str, Ta
         if facts.screened:
             corpus = study.corpora[name]
             content = [facts.source.key if facts.source else "", corpus.model_dump(mode="json"), evaluated]
-            facts = _cached("screen", content, lambda c=corpus, f=facts, n=name: list(  # type: ignore[misc]
-                screened(n, c, f, prompts).excluded), facts)
+            facts = _cached(
+                "screen",
+                content,
+                lambda c=corpus, f=facts, n=name: list(  # type: ignore[misc]
+                    screened(n, c, f, prompts).excluded
+                ),
+                facts,
+            )
         result[name] = facts
     return result
 
@@ -108,8 +127,11 @@ def _cached(kind: str, content: object, compute: Callable[[], list[int]], facts:
 
 
 def _notes(corpora: dict[str, CorpusFacts]) -> list[str]:
-    return [f"corpus {name}: {len(facts.excluded)} documents hold an evaluated prompt and are left out"
-            for name, facts in corpora.items() if facts.excluded]
+    return [
+        f"corpus {name}: {len(facts.excluded)} documents hold an evaluated prompt and are left out"
+        for name, facts in corpora.items()
+        if facts.excluded
+    ]
 
 
 class _Remembered:

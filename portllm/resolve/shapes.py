@@ -7,6 +7,7 @@ from typing import Any
 
 from portllm.errors import ResolveError
 from portllm.study.facts import Shape
+from portllm.study.recipes import Dtype
 
 SHIPPED = Path(__file__).parent / "shapes"
 """Configurations of the paper's four models, so that its grid plans offline."""
@@ -14,18 +15,19 @@ SHIPPED = Path(__file__).parent / "shapes"
 _GATED = {"llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"}
 
 
-def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], storage: str) -> Shape:
+def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], storage: Dtype) -> Shape:
     """Shape of a model whose headers are known."""
     outside = ("embed", "wte", "wpe", "lm_head", "norm")
     linear = [
-        (s[0], s[1]) for name, s in shapes.items()
+        (s[0], s[1])
+        for name, s in shapes.items()
         if len(s) == 2 and name.endswith(".weight") and not any(word in name.lower() for word in outside)
     ]
     count = sum(_product(s) for s in shapes.values())
     return _shape(count, tuple(linear), config, storage)
 
 
-def from_config(config: Mapping[str, Any], storage: str) -> Shape | None:
+def from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     """Shape of a gated-MLP decoder (Llama, Mistral, Gemma, Qwen2) from its configuration; None for other families."""
     if config.get("model_type") not in _GATED or not {"hidden_size", "num_hidden_layers"} <= config.keys():
         return None
@@ -33,8 +35,15 @@ def from_config(config: Mapping[str, Any], storage: str) -> Shape | None:
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     query, value = heads * size, config.get("num_key_value_heads", heads) * size
-    block = [(query, hidden), (value, hidden), (value, hidden), (hidden, query), (inner, hidden), (inner, hidden),
-             (hidden, inner)]
+    block = [
+        (query, hidden),
+        (value, hidden),
+        (value, hidden),
+        (hidden, query),
+        (inner, hidden),
+        (inner, hidden),
+        (hidden, inner),
+    ]
     linear = tuple(block * layers)
     embeddings = config["vocab_size"] * hidden * (1 if _tied(config) else 2)
     norms = (4 if config["model_type"].startswith(("gemma2", "gemma3")) else 2) * hidden * layers + hidden
@@ -66,12 +75,16 @@ def _tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", default))
 
 
-def _shape(count: int, linear: tuple[tuple[int, int], ...], config: Mapping[str, Any], storage: str) -> Shape:
+def _shape(count: int, linear: tuple[tuple[int, int], ...], config: Mapping[str, Any], storage: Dtype) -> Shape:
     text = config.get("text_config") or config
     return Shape(
-        parameters=count, linear=linear, layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
-        hidden=int(text.get("hidden_size") or text.get("n_embd") or 0), vocabulary=int(text.get("vocab_size") or 0),
-        max_positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0), storage=storage,
+        parameters=count,
+        linear=linear,
+        layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
+        hidden=int(text.get("hidden_size") or text.get("n_embd") or 0),
+        vocabulary=int(text.get("vocab_size") or 0),
+        max_positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0),
+        storage=storage,
     )
 
 

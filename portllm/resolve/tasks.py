@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -18,7 +18,7 @@ from portllm.study.keys import digest, given_key
 from portllm.study.spec import Study, Task
 
 
-def task_facts(study: Study, task: Task, sources: Sources, pins: dict[str, str]) -> TaskFacts:
+def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, str]) -> TaskFacts:
     """A task of the study; every refusal that its definition and data allow."""
     source = task_source(study, task, sources)
     config = lmeval.definition_digest(lmeval.locate(task.task, source.definition))
@@ -26,8 +26,15 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: dict[str, str])
     if facts.data is None and (dataset := _hub_dataset(source)):
         path = dataset.partition(":")[0]
         return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{path}"))
-    content = ["task", 1, package_version("lm_eval"), source.name, config, facts.data.key if facts.data else "",
-               task.num_fewshot]
+    content = [
+        "task",
+        1,
+        package_version("lm_eval"),
+        source.name,
+        config,
+        facts.data.key if facts.data else "",
+        task.num_fewshot,
+    ]
     return _remembered(content, source, facts)
 
 
@@ -53,7 +60,9 @@ def _data_directory(study: Study, task: Task, sources: Sources) -> Path | None:
         return None
     root = sources.directory(study.data_root, "data_root")
     if not (root / task.task).is_dir():
-        raise ResolveError(f"data_root: {root} has no directory `{task.task}` with train.parquet and validation.parquet")
+        raise ResolveError(
+            f"data_root: {root} has no directory `{task.task}` with train.parquet and validation.parquet"
+        )
     return root / task.task
 
 
@@ -85,9 +94,12 @@ def _offline(source: lmeval.TaskSource, facts: TaskFacts) -> TaskFacts:
     metrics: list[dict[str, Any]] = config.get("metric_list") or [{"metric": "acc"}]
     shots = config.get("num_fewshot") or 0
     return replace(
-        facts, output_type=str(config.get("output_type", "generate_until")), metric=str(metrics[0]["metric"]),
+        facts,
+        output_type=str(config.get("output_type", "generate_until")),
+        metric=str(metrics[0]["metric"]),
         num_fewshot=shots if source.num_fewshot is None else source.num_fewshot,
-        choices=len(choices) if isinstance(choices, list) else 2, template=str(config.get("doc_to_text", "")),
+        choices=len(choices) if isinstance(choices, list) else 2,
+        template=str(config.get("doc_to_text", "")),
     )
 
 

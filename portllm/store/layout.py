@@ -1,14 +1,14 @@
 """Every path of a store, in one object.
 
-    ROOT/
-      artifacts/<stage>/<key>/    published: read-only, its existence means done; record.json beside the output
-      attempts/<key>.<id>/        private to one execution; renamed to publish
-      work/<key>/                 resumable training state
-      failures/<key>/<n>.json     one per failed attempt
-      logs/<key>.<id>.log         what a step printed
-      studies/<name>/             the plan last run, the report
-      scratch/                    materialised versions; a cache
-      mlflow.db, mlflow/          default tracking
+ROOT/
+  artifacts/<stage>/<key>/    published: read-only, its existence means done; record.json beside the output
+  attempts/<key>.<id>/        private to one execution; renamed to publish
+  work/<key>/                 resumable training state
+  failures/<key>/<n>.json     one per failed attempt
+  logs/<key>.<id>.log         what a step printed
+  studies/<name>/             the plan last run, the report
+  scratch/                    materialised versions; a cache
+  mlflow.db, mlflow/          default tracking
 """
 
 from dataclasses import dataclass

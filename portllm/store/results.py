@@ -5,14 +5,35 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from portllm.store.store import Store
-from portllm.study.plan import Cell, Plan
+from portllm.study.steps import Cell, Plan
 
 if TYPE_CHECKING:
     import pyarrow
 
 COLUMNS = (
-    "model", "lineage", "t", "update", "update_seed", "task", "num_fewshot", "arm", "source_model", "source_t", "rank",
-    "seed", "patches", "apply", "dtype", "metric", "filter", "primary", "value", "stderr", "n", "key", "version_key",
+    "model",
+    "lineage",
+    "t",
+    "update",
+    "update_seed",
+    "task",
+    "num_fewshot",
+    "arm",
+    "source_model",
+    "source_t",
+    "rank",
+    "seed",
+    "patches",
+    "apply",
+    "dtype",
+    "metric",
+    "filter",
+    "primary",
+    "value",
+    "stderr",
+    "n",
+    "key",
+    "version_key",
     "wall_s",
 )
 """Columns of `portllm results`, in order."""
@@ -32,13 +53,30 @@ def _rows(cell: Cell, store: Store, cache: dict[str, tuple[dict[str, Any], float
     results, wall = cache[cell.key]
     for metric in results["metrics"]:
         yield {
-            "model": cell.model, "lineage": cell.lineage, "t": cell.t, "update": cell.update,
-            "update_seed": cell.update_seed, "task": cell.task, "num_fewshot": cell.num_fewshot, "arm": cell.arm,
-            "source_model": None if cell.arm == "none" else cell.model, "source_t": cell.source_t, "rank": cell.rank,
-            "seed": cell.seed, "patches": list(cell.patches), "apply": cell.apply, "dtype": cell.dtype,
-            "metric": metric["metric"], "filter": metric["filter"], "primary": metric["primary"],
-            "value": metric["value"], "stderr": metric["stderr"], "n": results["n"], "key": cell.key,
-            "version_key": cell.version_key, "wall_s": wall,
+            "model": cell.model,
+            "lineage": cell.lineage,
+            "t": cell.t,
+            "update": cell.update,
+            "update_seed": cell.update_seed,
+            "task": cell.task,
+            "num_fewshot": cell.num_fewshot,
+            "arm": cell.arm,
+            "source_model": None if cell.arm == "none" else cell.model,
+            "source_t": cell.source_t,
+            "rank": cell.rank,
+            "seed": cell.seed,
+            "patches": list(cell.patches),
+            "apply": cell.apply,
+            "dtype": cell.dtype,
+            "metric": metric["metric"],
+            "filter": metric["filter"],
+            "primary": metric["primary"],
+            "value": metric["value"],
+            "stderr": metric["stderr"],
+            "n": results["n"],
+            "key": cell.key,
+            "version_key": cell.version_key,
+            "wall_s": wall,
         }
 
 
@@ -62,9 +100,16 @@ def training(step: Any, store: Store) -> dict[str, Any]:
     curve = store.path(step.stage, step.key) / "curve.jsonl"
     lines = curve.read_text().splitlines() if curve.is_file() else []
     return {
-        "stage": step.stage, "key": step.key, "label": step.label, "coordinates": dict(step.coordinates),
-        "wall_s": record["wall_s"], "summary": record["summary"], "curve": [json.loads(line) for line in lines],
-        "devices": record["devices"], "recipe": record["payload"]["recipe"],
-        "inputs": record["payload"]["inputs"], "finished_at": record["started"] + record["wall_s"],
+        "stage": step.stage,
+        "key": step.key,
+        "label": step.label,
+        "coordinates": dict(step.coordinates),
+        "wall_s": record["wall_s"],
+        "summary": record["summary"],
+        "curve": [json.loads(line) for line in lines],
+        "devices": record["devices"],
+        "recipe": record["payload"]["recipe"],
+        "inputs": record["payload"]["inputs"],
+        "finished_at": record["started"] + record["wall_s"],
         "path": str(store.path(step.stage, step.key)),
     }

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portllm.study.facts import Facts, Shape
-from portllm.study.plan import Plan, Step
 from portllm.study.recipes import Base, Evaluate, Finetune, Update
+from portllm.study.steps import Plan, Step
 
 CPU_FLOPS = 4e10
 """A second, for one thread."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from portllm.study.recipes import Dtype, Format
+
 
 @dataclass(frozen=True)
 class Given:
@@ -28,7 +30,7 @@ class Shape:
     vocabulary: int = 0
     max_positions: int = 0
     """Longest sequence; 0 where unknown."""
-    storage: str = "float32"
+    storage: Dtype = "float32"
 
     def lora_parameters(self, rank: int) -> int:
         """Trainable parameters of a rank-r LoRA over all linear modules: Σ r·(in + out)."""
@@ -47,7 +49,7 @@ class ModelFacts:
     """The GGUF file."""
     shape: Shape | None = None
     """None where nothing is known offline."""
-    storage: str = "float32"
+    storage: Dtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CorpusFacts:
     """A corpus."""
 
     source: Given | None
-    format: str | None = None
+    format: Format | None = None
     rows: int | None = None
     excluded: tuple[int, ...] = ()
     """Rows that hold an evaluated prompt of one of the study's tasks."""
@@ -129,10 +131,14 @@ def from_json(data: Mapping[str, Any]) -> Facts:
     return Facts(
         lm_eval=data["lm_eval"],
         models={k: _model(v) for k, v in data["models"].items()},
-        corpora={k: CorpusFacts(**{**v, "source": _given(v["source"]), "excluded": tuple(v["excluded"])})
-                 for k, v in data["corpora"].items()},
-        tasks={k: TaskFacts(**{**v, "definition": _given(v["definition"]), "data": _given(v["data"])})
-               for k, v in data["tasks"].items()},
+        corpora={
+            k: CorpusFacts(**{**v, "source": _given(v["source"]), "excluded": tuple(v["excluded"])})
+            for k, v in data["corpora"].items()
+        },
+        tasks={
+            k: TaskFacts(**{**v, "definition": _given(v["definition"]), "data": _given(v["data"])})
+            for k, v in data["tasks"].items()
+        },
         patches={_pair(k): PatchFacts(**{**v, "root": Given(**v["root"])}) for k, v in data["patches"].items()},
         versions={_pair(k): _model(v) for k, v in data["versions"].items()},
         unpinned=tuple(data["unpinned"]),

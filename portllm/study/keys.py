@@ -1,8 +1,8 @@
 """Identity: a step's key is the sha256 of what can change its output, and of nothing else.
 
-key = sha256(canonical JSON of {stage, version, recipe, inputs}). Recipes are frozen dataclasses; a field that equals its
-default is left out, so that a field added later, with a default, keeps old keys. Anything without a stable form (a set,
-a path, a default repr, NaN) raises.
+key = sha256(canonical JSON of {stage, version, recipe, inputs}). Recipes are frozen dataclasses; a field that equals
+its default is left out, so that a field added later, with a default, keeps old keys. Anything without a stable
+form (a set, a path, a default repr, NaN) raises.
 """
 
 import hashlib

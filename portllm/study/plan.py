@@ -5,112 +5,30 @@ and `none` has neither rank nor seed, so each is one step however many cells rea
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from portllm.errors import SpecError
 from portllm.study import recipes as r
-from portllm.study.facts import Facts, Given, ModelFacts, TaskFacts
-from portllm.study.keys import payload, step_key
+from portllm.study.facts import Facts, Given, TaskFacts
+from portllm.study.keys import step_key
 from portllm.study.resources import Layout
-from portllm.study.spec import Corpus, ExportChoice, Finetune, Init, StageResources, Study, Task, Training, Update
+from portllm.study.spec import (
+    ApplyMode,
+    Corpus,
+    ExportChoice,
+    Finetune,
+    Init,
+    StageResources,
+    Study,
+    Task,
+    Training,
+    Update,
+)
+from portllm.study.steps import Cell, Plan, Step, Version
 
 LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rate of an update that names none."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A unit of planned work."""
-
-    key: str
-    stage: str
-    label: str
-    recipe: Any
-    inputs: Mapping[str, str]
-    """Role to key, of another step or of something given."""
-    layout: Layout = field(default_factory=Layout)
-    coordinates: Mapping[str, Any] = field(default_factory=dict)
-    """Where the study first asked for it: names only."""
-
-    def payload(self) -> dict[str, Any]:
-        """What the key is the hash of."""
-        return payload(self.stage, self.recipe, self.inputs)
-
-    @property
-    def version(self) -> tuple[str, ...] | None:
-        """Identity of the version this step opens: keys of root and deltas."""
-        roles = [role for role in self.inputs if role == "root" or role.startswith("delta")]
-        return tuple(self.inputs[role] for role in sorted(roles, key=_role_order)) if roles else None
-
-
-def _role_order(role: str) -> int:
-    return 0 if role == "root" else int(role.removeprefix("delta"))
-
-
-@dataclass(frozen=True)
-class Version:
-    """θₜ in a plan."""
-
-    t: int
-    root: str
-    deltas: tuple[str, ...] = ()
-    tokenizer: str = ""
-    update: str | None = None
-    """lora, full or given; None at t = 0."""
-    facts: ModelFacts | None = None
-
-    @property
-    def key(self) -> str:
-        """Key of the step or given thing that made this version what it is."""
-        return self.deltas[-1] if self.deltas else self.root
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Roles of a step that opens this version."""
-        return {"root": self.root} | {f"delta{i}": key for i, key in enumerate(self.deltas, 1)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One planned coordinate of the result table, and the step that scores it."""
-
-    model: str
-    lineage: str
-    t: int
-    update: str | None
-    update_seed: int | None
-    task: str
-    num_fewshot: int
-    arm: str
-    source_t: int | None
-    rank: int | None
-    seed: int | None
-    patches: tuple[str, ...]
-    apply: str
-    dtype: str
-    key: str
-    version_key: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Steps in an order that respects their inputs, cells in the order of the study."""
-
-    name: str
-    steps: Mapping[str, Step]
-    cells: tuple[Cell, ...]
-    givens: Mapping[str, Given]
-    unpinned: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def dependents(self) -> dict[str, list[str]]:
-        """Steps that read each step."""
-        result: dict[str, list[str]] = {key: [] for key in self.steps}
-        for step in self.steps.values():
-            for key in set(step.inputs.values()) & self.steps.keys():
-                result[key].append(step.key)
-        return result
 
 
 def make_plan(study: Study, facts: Facts) -> Plan:
@@ -161,13 +79,26 @@ class _Planner:
                 label = f"{self._name(lineage, version)} {task.task} {arm}{_suffix(rank, seed)}"
                 step = self._evaluate(version, patches, task, mode, label, model)
                 facts = self.facts.tasks[task.task]
-                self.cells[Cell(
-                    model=model, lineage=lineage, t=version.t, update=version.update,
-                    update_seed=update_seed if version.t else None, task=task.task,
-                    num_fewshot=facts.num_fewshot if task.num_fewshot is None else task.num_fewshot,
-                    arm=arm, source_t=source, rank=rank, seed=seed, patches=patches, apply=mode,
-                    dtype=self.study.evaluate.dtype, key=step, version_key=version.key,
-                )] = None
+                self.cells[
+                    Cell(
+                        model=model,
+                        lineage=lineage,
+                        t=version.t,
+                        update=version.update,
+                        update_seed=update_seed if version.t else None,
+                        task=task.task,
+                        num_fewshot=facts.num_fewshot if task.num_fewshot is None else task.num_fewshot,
+                        arm=arm,
+                        source_t=source,
+                        rank=rank,
+                        seed=seed,
+                        patches=patches,
+                        apply=mode,
+                        dtype=self.study.evaluate.dtype,
+                        key=step,
+                        version_key=version.key,
+                    )
+                ] = None
                 self._export(lineage, version, task, arm, rank, seed, patches)
 
     def _name(self, lineage: str, version: Version) -> str:
@@ -201,8 +132,15 @@ class _Planner:
 
     # --- steps
 
-    def _add(self, stage: str, recipe: Any, inputs: Mapping[str, str], label: str, layout: Layout = Layout(),
-             **coordinates: Any) -> str:
+    def _add(
+        self,
+        stage: str,
+        recipe: Any,
+        inputs: Mapping[str, str],
+        label: str,
+        layout: Layout = Layout(),
+        **coordinates: Any,
+    ) -> str:
         key = step_key(stage, recipe, inputs)
         if key not in self.steps:
             self.steps[key] = Step(key, stage, label, recipe, dict(inputs), layout, coordinates)
@@ -221,7 +159,7 @@ class _Planner:
         model, facts = self.study.models[name], self.facts.models[name]
         if facts.root is not None and facts.tokenizer is not None:
             return Version(0, self._give(facts.root), tokenizer=self._give(facts.tokenizer), facts=facts)
-        recipe = r.Base(source="gguf", storage=facts.storage)  # type: ignore[arg-type]
+        recipe = r.Base(source="gguf", storage=facts.storage)
         inputs: dict[str, str] = {}
         if model.hub:
             recipe = replace(recipe, source="hub", hub=model.hub, revision=model.revision or "unpinned")
@@ -233,18 +171,26 @@ class _Planner:
         key = self._add("base", recipe, inputs, f"base {name}", layout, model=name)
         return Version(0, key, tokenizer=key, facts=facts)
 
-    def _init(self, init: Init, storage: str) -> tuple[r.Base, dict[str, str]]:
+    def _init(self, init: Init, storage: r.Dtype) -> tuple[r.Base, dict[str, str]]:
         corpus, facts = self.study.corpora[init.corpus], self.facts.corpora[init.corpus]
         recipe = r.Base(
-            source="init", storage=storage, model_type=init.model_type, config=init.config,  # type: ignore[arg-type]
-            tokenizer=init.tokenizer, vocabulary=init.vocabulary, text=text_recipe(corpus, facts.format),
-            excluded=facts.excluded, tokens=init.tokens, sequence_length=init.sequence_length,
+            source="init",
+            storage=storage,
+            model_type=init.model_type,
+            config=init.config,
+            tokenizer=init.tokenizer,
+            vocabulary=init.vocabulary,
+            text=text_recipe(corpus, facts.format),
+            excluded=facts.excluded,
+            tokens=init.tokens,
+            sequence_length=init.sequence_length,
             optimization=_optimization(init, init.learning_rate, init.seed),
         )
         return recipe, {"source": self._give(facts.source)} if facts.source else {}
 
-    def _next(self, lineage: str, i: int, update: Update, version: Version, position: dict[str, int],
-              seed: int) -> Version:
+    def _next(
+        self, lineage: str, i: int, update: Update, version: Version, position: dict[str, int], seed: int
+    ) -> Version:
         t = version.t + 1
         if update.given:
             return self._given_version(lineage, i, update, version)
@@ -253,14 +199,25 @@ class _Planner:
         start = position.get(update.corpus, 0)
         position[update.corpus] = start + update.tokens
         recipe = r.Update(
-            method=update.method, tokens=update.tokens, sequence_length=update.sequence_length, start=start,
+            method=update.method,
+            tokens=update.tokens,
+            sequence_length=update.sequence_length,
+            start=start,
             optimization=_optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
             lora=_lora(update.rank, update.alpha, update.targets) if update.method == "lora" else None,
         )
         inputs = version.inputs | {"corpus": self._corpus(update.corpus, version)}
-        key = self._add("update", recipe, inputs, f"update {lineage} t={t}{f' s{seed}' if seed else ''}",
-                        _layout(self.study.resources.update), lineage=lineage, t=t, update_seed=seed,
-                        model=self.study.lineages[lineage].model)
+        key = self._add(
+            "update",
+            recipe,
+            inputs,
+            f"update {lineage} t={t}{f' s{seed}' if seed else ''}",
+            _layout(self.study.resources.update),
+            lineage=lineage,
+            t=t,
+            update_seed=seed,
+            model=self.study.lineages[lineage].model,
+        )
         if update.method == "lora":
             return replace(version, t=t, deltas=(*version.deltas, key), update="lora")
         return replace(version, t=t, root=key, deltas=(), update="full")
@@ -270,8 +227,7 @@ class _Planner:
         if facts.root is not None:
             root = self._give(facts.root)
         else:
-            recipe = r.Base(source="hub", hub=update.hub, revision=update.revision or "unpinned",
-                            storage=facts.storage)  # type: ignore[arg-type]
+            recipe = r.Base(source="hub", hub=update.hub, revision=update.revision or "unpinned", storage=facts.storage)
             root = self._add("base", recipe, {}, f"base {lineage} t={version.t + 1}", Layout(), lineage=lineage)
         return replace(version, t=version.t + 1, root=root, deltas=(), update="given", facts=facts)
 
@@ -290,9 +246,13 @@ class _Planner:
         """Evaluation requests; `whole` ignores limit and few-shot settings: every document, for screening."""
         facts = self.facts.tasks[task.task]
         recipe = r.Requests(
-            task=task.task, split="evaluate", lm_eval=self.facts.lm_eval, config=facts.config,
+            task=task.task,
+            split="evaluate",
+            lm_eval=self.facts.lm_eval,
+            config=facts.config,
             dataset=facts.dataset,
-            revision=facts.revision, num_fewshot=0 if whole else task.num_fewshot,
+            revision=facts.revision,
+            num_fewshot=0 if whole else task.num_fewshot,
             limit=None if whole else task.limit,
         )
         inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
@@ -301,13 +261,25 @@ class _Planner:
     def _examples(self, task: Task, version: Version, examples: int | None) -> str:
         facts = self.facts.tasks[task.task]
         if facts.data is not None and not facts.training:
-            raise SpecError(f"task `{task.task}` has no training documents: a patch cannot be trained on it; add "
-                            f"train.parquet to its data, or give a patch under patches")
-        recipe = r.Requests(task=task.task, split="train", lm_eval=self.facts.lm_eval, config=facts.config,
-                            dataset=facts.dataset, revision=facts.revision, examples=examples)
+            raise SpecError(
+                f"task `{task.task}` has no training documents: a patch cannot be trained on it; add "
+                f"train.parquet to its data, or give a patch under patches"
+            )
+        recipe = r.Requests(
+            task=task.task,
+            split="train",
+            lm_eval=self.facts.lm_eval,
+            config=facts.config,
+            dataset=facts.dataset,
+            revision=facts.revision,
+            examples=examples,
+        )
         inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
-        twins = [other for other in self.study.tasks
-                 if other.task != task.task and self.facts.tasks[other.task].template == facts.template]
+        twins = [
+            other
+            for other in self.study.tasks
+            if other.task != task.task and self.facts.tasks[other.task].template == facts.template
+        ]
         for i, twin in enumerate(twins, 1):
             inputs[f"screen{i}"] = self._requests(twin, version, whole=True)
         return self._add("requests", recipe, inputs, f"examples {task.task}", task=task.task)
@@ -325,29 +297,60 @@ class _Planner:
         self._check_rank(rank, version, task)
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
-            lora=_lora(rank, fields.alpha, fields.targets), epochs=epochs, steps=fields.steps,
+            lora=_lora(rank, fields.alpha, fields.targets),
+            epochs=epochs,
+            steps=fields.steps,
             optimization=_optimization(fields, fields.learning_rate, seed),
         )
         inputs = version.inputs | {"examples": self._examples(task, version, fields.examples)}
         label = f"finetune {self._name(lineage, version)} {task.task}{_suffix(rank, seed)}"
-        return self._add("finetune", recipe, inputs, label, _layout(self.study.resources.finetune),
-                         model=self.study.lineages[lineage].model, lineage=lineage, t=version.t, task=task.task,
-                         rank=rank, seed=seed)
+        return self._add(
+            "finetune",
+            recipe,
+            inputs,
+            label,
+            _layout(self.study.resources.finetune),
+            model=self.study.lineages[lineage].model,
+            lineage=lineage,
+            t=version.t,
+            task=task.task,
+            rank=rank,
+            seed=seed,
+        )
 
-    def _evaluate(self, version: Version, patches: tuple[str, ...], task: Task, mode: str, label: str,
-                  model: str) -> str:
+    def _evaluate(
+        self, version: Version, patches: tuple[str, ...], task: Task, mode: ApplyMode, label: str, model: str
+    ) -> str:
         settings = self.study.evaluate
         recipe = r.Evaluate(
-            lm_eval=self.facts.lm_eval, apply=mode if patches else "merged",  # type: ignore[arg-type]
-            dtype=settings.dtype, scales=(1.0,) * len(patches), score_tokens=settings.score_tokens,
+            lm_eval=self.facts.lm_eval,
+            apply=mode if patches else "merged",
+            dtype=settings.dtype,
+            scales=(1.0,) * len(patches),
+            score_tokens=settings.score_tokens,
         )
         inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
         inputs |= {"requests": self._requests(task, version)} | self._task_inputs(self.facts.tasks[task.task])
-        return self._add("evaluate", recipe, inputs, f"evaluate {label}", _layout(self.study.resources.evaluate),
-                         model=model, task=task.task)
+        return self._add(
+            "evaluate",
+            recipe,
+            inputs,
+            f"evaluate {label}",
+            _layout(self.study.resources.evaluate),
+            model=model,
+            task=task.task,
+        )
 
-    def _export(self, lineage: str, version: Version, task: Task, arm: str, rank: int | None, seed: int | None,
-                patches: tuple[str, ...]) -> None:
+    def _export(
+        self,
+        lineage: str,
+        version: Version,
+        task: Task,
+        arm: str,
+        rank: int | None,
+        seed: int | None,
+        patches: tuple[str, ...],
+    ) -> None:
         at = {"lineage": lineage, "t": version.t, "task": task.task, "arm": arm, "rank": rank, "seed": seed}
         if any(_matches(choice, at) for choice in self.study.export):
             inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
@@ -364,8 +367,10 @@ class _Planner:
     def _check_rank(self, rank: int, version: Version, task: Task) -> None:
         shape = version.facts.shape if version.facts else None
         if shape and 0 < shape.hidden < rank:
-            raise SpecError(f"finetune.rank: {rank} is larger than the model's width of {shape.hidden} "
-                            f"(task {task.task}): such a patch is no longer low-rank")
+            raise SpecError(
+                f"finetune.rank: {rank} is larger than the model's width of {shape.hidden} "
+                f"(task {task.task}): such a patch is no longer low-rank"
+            )
 
 
 def _suffix(rank: int | None, seed: int | None) -> str:
@@ -376,19 +381,33 @@ def _matches(choice: ExportChoice, at: Mapping[str, Any]) -> bool:
     return all(value is None or at[name] == value for name, value in choice.model_dump().items())
 
 
-def text_recipe(corpus: Corpus, format: str | None) -> r.Text:
+def text_recipe(corpus: Corpus, format: r.Format | None) -> r.Text:
     """A corpus of the study as a recipe."""
     return r.Text(
-        format=format, text=corpus.text, template=corpus.template, hub=corpus.hub,  # type: ignore[arg-type]
-        subset=corpus.subset, revision=(corpus.revision or "unpinned") if corpus.hub else None, split=corpus.split,
-        generator=corpus.generator, documents=corpus.documents, options=corpus.options, seed=corpus.seed,
+        format=format,
+        text=corpus.text,
+        template=corpus.template,
+        hub=corpus.hub,
+        subset=corpus.subset,
+        revision=(corpus.revision or "unpinned") if corpus.hub else None,
+        split=corpus.split,
+        generator=corpus.generator,
+        documents=corpus.documents,
+        options=corpus.options,
+        seed=corpus.seed,
     )
 
 
 def _optimization(fields: Training | Update, learning_rate: float, seed: int) -> r.Optimization:
     return r.Optimization(
-        learning_rate=learning_rate, batch=fields.batch, seed=seed, schedule=fields.schedule, warmup=fields.warmup,
-        weight_decay=fields.weight_decay, clip=fields.clip, dtype=fields.dtype,
+        learning_rate=learning_rate,
+        batch=fields.batch,
+        seed=seed,
+        schedule=fields.schedule,
+        warmup=fields.warmup,
+        weight_decay=fields.weight_decay,
+        clip=fields.clip,
+        dtype=fields.dtype,
     )
 
 

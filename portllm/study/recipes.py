@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant"]
+Format = Literal["parquet", "jsonl", "text"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Lora:
 class Text:
     """A corpus's documents. Exactly one origin: role `source` (format says how to read it), `hub` or `generator`."""
 
-    format: Literal["parquet", "jsonl", "text"] | None = None
+    format: Format | None = None
     text: str | None = None
     """Column of the document's text."""
     template: str | None = None

@@ -3,13 +3,13 @@
 `load(text, name, overrides)` is the way in. Paths stay as written: `resolve` takes them relative to the study file.
 """
 
-import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from portllm.errors import SpecError
+from portllm.study.complaints import complaint, did_you_mean
 from portllm.study.document import Document, Location, override, parse
 from portllm.study.recipes import Dtype, Schedule
 
@@ -179,7 +179,7 @@ class Corpus(Strict):
         if (self.documents or self.options) and not self.generator:
             raise ValueError("documents and options go with generator")
         if (self.hub or (self.path and not self.path.endswith(".txt"))) and not (self.text or self.template):
-            raise ValueError("name the column: text: COLUMN, or template: \"{column} …\"")
+            raise ValueError('name the column: text: COLUMN, or template: "{column} …"')
         return self
 
 
@@ -318,7 +318,7 @@ class ExportChoice(Strict):
 class ReportSettings(Strict):
     """How the report decides."""
 
-    margin: float = Field(0.02, gt=0, lt=1)
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Accuracy a port may lose against a refit and still count as equal."""
 
 
@@ -333,10 +333,16 @@ class Study(Strict):
     models: dict[Name, Model] = Field(min_length=1)
     corpora: dict[Name, Corpus] = {}
     lineages: dict[Name, Lineage] = Field(min_length=1)
-    tasks: Annotated[list[Annotated[Task, BeforeValidator(lambda v: {"task": v} if isinstance(v, str) else v)]],
-                     Field(min_length=1)]
-    patches: dict[str, Annotated[list[Annotated[Patch, BeforeValidator(
-        lambda v: {"path": v} if isinstance(v, str) else v)]], BeforeValidator(_listed)]] = {}
+    tasks: Annotated[
+        list[Annotated[Task, BeforeValidator(lambda v: {"task": v} if isinstance(v, str) else v)]], Field(min_length=1)
+    ]
+    patches: dict[
+        str,
+        Annotated[
+            list[Annotated[Patch, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]],
+            BeforeValidator(_listed),
+        ],
+    ] = {}
     """Adapters that exist already, by task; arm `port` uses them instead of training."""
     finetune: Finetune | None = None
     arms: list[Arm] = Field(["none", "port", "refit"], min_length=1)
@@ -360,54 +366,9 @@ def load(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Study, Do
     try:
         study = Study.model_validate(document.data)
     except ValidationError as error:
-        raise SpecError("\n".join(_message(e, document) for e in error.errors()[:8])) from None
+        raise SpecError("\n".join(complaint(e, document, Study) for e in error.errors()[:8])) from None
     _check_names(study, document)
     return study, document
-
-
-def _message(error: Any, document: Document) -> str:
-    location = tuple(p for p in error["loc"] if isinstance(p, int) or not _is_noise(p))
-    if error["type"] == "extra_forbidden":
-        close = _did_you_mean(str(location[-1]), _siblings(location))
-        return f"{document.where(location)}: unknown key{close}"
-    text = str(error["msg"]).removeprefix("Value error, ")
-    shown = error.get("input")
-    given = f" (found {shown!r})" if isinstance(shown, (str, int, float, bool)) or shown is None else ""
-    return f"{document.where(location)}: {text[0].lower()}{text[1:]}{given if error['type'] != 'missing' else ''}"
-
-
-def _is_noise(part: str) -> bool:
-    return part.startswith(("function-", "list[", "constrained-", "nullable", "union"))
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(sorted(known))}" if known else ""
-
-
-def _siblings(location: Location) -> list[str]:
-    """Field names of the model that holds a location."""
-    kind: Any = Study
-    for part in location[:-1]:
-        kind = _inside(kind, part)
-        if kind is None:
-            return []
-    return list(kind.model_fields)
-
-
-def _inside(kind: Any, part: str | int) -> Any:
-    """The model class found at `part` of a model class, through lists, dictionaries and optional values."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-        return _model_in(kind.model_fields[str(part)].annotation)
-    return kind
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is not None:
-        return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
-    return None
 
 
 def _check_names(study: Study, document: Document) -> None:
@@ -442,7 +403,7 @@ def _check_tasks(study: Study, document: Document) -> None:
 
 def _known(word: str, known: Any, location: Location, document: Document) -> None:
     if word not in known:
-        raise SpecError(f"{document.where(location)}: `{word}` is not defined{_did_you_mean(word, list(known))}")
+        raise SpecError(f"{document.where(location)}: `{word}` is not defined{did_you_mean(word, list(known))}")
 
 
 def json_schema() -> dict[str, Any]:

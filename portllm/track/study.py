@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.store.results import rows, trainings
 from portllm.store.store import Store
-from portllm.study.plan import Plan
 from portllm.study.spec import Study
+from portllm.study.steps import Plan
 
 if TYPE_CHECKING:
     from portllm.track.mlflow_mirror import Mirror
@@ -45,7 +45,16 @@ def _place(study: Study, store: Store) -> dict[str, Any]:
     from portllm.track.mlflow_mirror import destination
 
     uri, artifacts = destination(store.root, study.tracking.uri)
-    tags = {"models": ",".join(study.models), "lineages": ",".join(study.lineages),
-            "tasks": ",".join(t.task for t in study.tasks), "store": str(store.root)}
-    return {"uri": uri, "experiment": study.tracking.experiment or study.name, "study_name": study.name,
-            "study_tags": tags, "artifact_root": artifacts}
+    tags = {
+        "models": ",".join(study.models),
+        "lineages": ",".join(study.lineages),
+        "tasks": ",".join(t.task for t in study.tasks),
+        "store": str(store.root),
+    }
+    return {
+        "uri": uri,
+        "experiment": study.tracking.experiment or study.name,
+        "study_name": study.name,
+        "study_tags": tags,
+        "artifact_root": artifacts,
+    }

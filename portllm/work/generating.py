@@ -88,9 +88,7 @@ def _batches(requests: RequestSet, room: int, budget: int) -> Iterator[list[int]
         start += count
 
 
-def _continue(
-    model: Any, head: Head, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops
-) -> list[list[int]]:
+def _continue(model: Any, head: Head, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops) -> list[list[int]]:
     """New token ids of each prompt, one forward pass a token for all rows that still run."""
     from transformers import DynamicCache
 

@@ -40,8 +40,11 @@ def strict(schema: Any) -> Any:
         return [strict(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
-    made = {key: strict(value) for key, value in schema.items()
-            if key not in ("description", "default", "format") and not key.startswith("x-kubernetes-")}
+    made = {
+        key: strict(value)
+        for key, value in schema.items()
+        if key not in ("description", "default", "format") and not key.startswith("x-kubernetes-")
+    }
     if "properties" in schema and isinstance(schema["properties"], Mapping):
         made["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
@@ -77,8 +80,12 @@ def test_the_ray_job_is_one_that_kuberay_accepts(ray_job: Any, ray_jobs: Any) ->
 
 
 def test_its_cluster_is_one_that_kuberay_accepts_alone(ray_job: Any) -> None:
-    cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "x"},
-               "spec": ray_job["spec"]["rayClusterSpec"]}
+    cluster = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": "x"},
+        "spec": ray_job["spec"]["rayClusterSpec"],
+    }
     crd("ray.io_rayclusters.yaml", "v1").validate(cluster)
 
 
@@ -92,16 +99,34 @@ def rename(tree: Any, path: list[Any], new: str) -> Any:
     return tree
 
 
-@pytest.mark.parametrize(("path", "typo"), [
-    (["spec", "entrypoint"], "entryPoint"),
-    (["spec", "rayClusterSpec", "authOptions"], "authOption"),
-    (["spec", "rayClusterSpec", "headGroupSpec", "template"], "templates"),
-    (["spec", "rayClusterSpec", "workerGroupSpecs", 0, "replicas"], "replica"),
-    (["spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "volumeMounts"],
-     "volumeMount"),
-    (["spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limits"],
-     "limit"),
-])
+@pytest.mark.parametrize(
+    ("path", "typo"),
+    [
+        (["spec", "entrypoint"], "entryPoint"),
+        (["spec", "rayClusterSpec", "authOptions"], "authOption"),
+        (["spec", "rayClusterSpec", "headGroupSpec", "template"], "templates"),
+        (["spec", "rayClusterSpec", "workerGroupSpecs", 0, "replicas"], "replica"),
+        (
+            ["spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "volumeMounts"],
+            "volumeMount",
+        ),
+        (
+            [
+                "spec",
+                "rayClusterSpec",
+                "workerGroupSpecs",
+                0,
+                "template",
+                "spec",
+                "containers",
+                0,
+                "resources",
+                "limits",
+            ],
+            "limit",
+        ),
+    ],
+)
 def test_a_planted_typo_is_found(ray_job: Any, ray_jobs: Any, path: list[Any], typo: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match=typo):
         ray_jobs.validate(rename(ray_job, path, typo))
@@ -143,12 +168,15 @@ def test_ray_up_accepts_the_cluster() -> None:
     validate_for_ray_up(read(ROOT / "ray_config.yaml"))
 
 
-@pytest.mark.parametrize(("path", "typo"), [
-    (["idle_timeout_minutes"], "idle_timeout_minuts"),
-    (["auth", "ssh_user"], "ssh_usr"),
-    (["docker", "pull_before_run"], "pull_befor_run"),
-    (["available_node_types", "gpu", "max_workers"], "max_worker"),
-])
+@pytest.mark.parametrize(
+    ("path", "typo"),
+    [
+        (["idle_timeout_minutes"], "idle_timeout_minuts"),
+        (["auth", "ssh_user"], "ssh_usr"),
+        (["docker", "pull_before_run"], "pull_befor_run"),
+        (["available_node_types", "gpu", "max_workers"], "max_worker"),
+    ],
+)
 def test_ray_up_finds_a_planted_typo(path: list[Any], typo: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match=typo):
         validate_for_ray_up(rename(read(ROOT / "ray_config.yaml"), path, typo))
@@ -189,22 +217,38 @@ def test_the_slurm_wait_is_one_that_ray_reads() -> None:
 
 def test_on_slurm_every_node_runs_the_study_at_the_head_with_one_token(tmp_path: Path) -> None:
     """Slurm's commands and Ray's replaced by ones that say how they were called."""
-    commands = {"scontrol": 'printf "node1\\nnode2\\n"',
-                "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-                "hostname": "echo 10.0.0.7 fe80::1",
-                "ray": 'echo "ray $* wait=$RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT mode=$RAY_AUTH_MODE '
-                       'token=${#RAY_AUTH_TOKEN}"'}
+    commands = {
+        "scontrol": 'printf "node1\\nnode2\\n"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "hostname": "echo 10.0.0.7 fe80::1",
+        "ray": 'echo "ray $* wait=$RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT mode=$RAY_AUTH_MODE '
+        'token=${#RAY_AUTH_TOKEN}"',
+    }
     bin_ = tmp_path / "venv" / "bin"
     bin_.mkdir(parents=True)
     for name, body in commands.items():
         (bin_ / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (bin_ / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "41234",
-             "SLURM_CPUS_PER_TASK": "16", "SLURM_GPUS_ON_NODE": "1", "VENV": "venv"}
-    said = subprocess.run(["bash", CLUSTER / "slurm.sh", "my study.yaml", "--store", "/scratch/store"], cwd=tmp_path,
-                          env=os.environ | slurm, capture_output=True, text=True, check=True).stdout
-    assert said == ("ray symmetric-run --address 10.0.0.7:21234 --min-nodes 2 --num-cpus 16 --num-gpus 1 "
-                    "-- python jobs/ray_job.py my study.yaml --store /scratch/store wait=600 mode=token token=64\n")
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "41234",
+        "SLURM_CPUS_PER_TASK": "16",
+        "SLURM_GPUS_ON_NODE": "1",
+        "VENV": "venv",
+    }
+    said = subprocess.run(
+        ["bash", CLUSTER / "slurm.sh", "my study.yaml", "--store", "/scratch/store"],
+        cwd=tmp_path,
+        env=os.environ | slurm,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == (
+        "ray symmetric-run --address 10.0.0.7:21234 --min-nodes 2 --num-cpus 16 --num-gpus 1 "
+        "-- python jobs/ray_job.py my study.yaml --store /scratch/store wait=600 mode=token token=64\n"
+    )
 
 
 def test_the_slurm_script_without_a_study_says_how_to_call_it() -> None:
@@ -214,8 +258,18 @@ def test_the_slurm_script_without_a_study_says_how_to_call_it() -> None:
 
 # --- compose
 
-SERVICE_KEYS = {"build", "command", "depends_on", "entrypoint", "environment", "healthcheck", "image", "ports",
-                "restart", "volumes"}
+SERVICE_KEYS = {
+    "build",
+    "command",
+    "depends_on",
+    "entrypoint",
+    "environment",
+    "healthcheck",
+    "image",
+    "ports",
+    "restart",
+    "volumes",
+}
 """The keys of the Compose specification that this file uses; anything else is a typo or wants a test here."""
 HEALTH_KEYS = {"test", "interval", "timeout", "retries", "start_period"}
 
@@ -252,13 +306,16 @@ def test_the_compose_file_keeps_the_rules(compose: Any) -> None:
     assert compose_problems(compose) == []
 
 
-@pytest.mark.parametrize(("path", "typo", "problem"), [
-    (["services", "mlflow", "depends_on"], "depend_on", "mlflow: unknown key depend_on"),
-    (["services", "postgres", "healthcheck", "retries"], "retry", "postgres: unknown key healthcheck.retry"),
-    (["services", "postgres", "healthcheck"], "health", "mlflow: waits for postgres, which has no healthcheck"),
-    (["services", "objects"], "object", "bucket: waits for objects, which is not defined"),
-    (["volumes", "database"], "databse", "postgres: volume database:/var/lib/postgresql/data is not defined"),
-])
+@pytest.mark.parametrize(
+    ("path", "typo", "problem"),
+    [
+        (["services", "mlflow", "depends_on"], "depend_on", "mlflow: unknown key depend_on"),
+        (["services", "postgres", "healthcheck", "retries"], "retry", "postgres: unknown key healthcheck.retry"),
+        (["services", "postgres", "healthcheck"], "health", "mlflow: waits for postgres, which has no healthcheck"),
+        (["services", "objects"], "object", "bucket: waits for objects, which is not defined"),
+        (["volumes", "database"], "databse", "postgres: volume database:/var/lib/postgresql/data is not defined"),
+    ],
+)
 def test_a_typo_planted_in_the_compose_file_is_found(compose: Any, path: list[Any], typo: str, problem: str) -> None:
     assert problem in compose_problems(rename(compose, path, typo))
 
@@ -286,8 +343,9 @@ def test_docker_compose_accepts_the_file() -> None:
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode != 0:
         pytest.skip("no docker with compose here")
     secrets = {"PORTLLM_DB_PASSWORD": "x", "PORTLLM_S3_PASSWORD": "y"}
-    subprocess.run([docker, "compose", "-f", CLUSTER / "compose.yaml", "config", "--quiet"], check=True,
-                   env=os.environ | secrets)
+    subprocess.run(
+        [docker, "compose", "-f", CLUSTER / "compose.yaml", "config", "--quiet"], check=True, env=os.environ | secrets
+    )
 
 
 # --- the image

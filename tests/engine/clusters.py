@@ -26,8 +26,13 @@ def cluster(nodes, dashboard=True):
 
 def run(address, *arguments, code=0):
     """`portllm` against a cluster, in a process of its own; returns standard output."""
-    found = subprocess.run([sys.executable, "-m", "portllm", *map(str, arguments)], capture_output=True, text=True,
-                           env=os.environ | {"RAY_ADDRESS": address}, timeout=420)
+    found = subprocess.run(
+        [sys.executable, "-m", "portllm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RAY_ADDRESS": address},
+        timeout=420,
+    )
     assert found.returncode == code, f"{found.stdout[-2000:]}\n{found.stderr[-6000:]}"
     return found.stdout
 

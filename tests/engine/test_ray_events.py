@@ -7,11 +7,16 @@ import pytest
 from tests.engine.clusters import cluster, events, run
 from tests.toys import STUDY, write_world
 
-MIXED = STUDY.replace("{task: mood, include_path: tasks}", "{task: mood, include_path: tasks}, {task: tone, include_path: tasks}") + """
+MIXED = (
+    STUDY.replace(
+        "{task: mood, include_path: tasks}", "{task: mood, include_path: tasks}, {task: tone, include_path: tasks}"
+    )
+    + """
 resources: {finetune: {workers: 2}}
 tracking: {enabled: false}
 arms: [none, refit]
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def test_steps_ran_in_different_processes(ran):
 def test_two_steps_ran_at_once(ran):
     _, _, tasks, _ = ran
     spans = sorted((t["start_time_ms"], t["end_time_ms"], t["worker_pid"]) for t in steps(tasks))
-    assert any(b[0] < a[1] and a[2] != b[2] for i, a in enumerate(spans) for b in spans[i + 1:])
+    assert any(b[0] < a[1] and a[2] != b[2] for i, a in enumerate(spans) for b in spans[i + 1 :])
 
 
 def test_no_worker_ran_beside_a_gang(ran):

@@ -14,7 +14,7 @@ ONE = Size(1, 0)
 
 def drain(schedule, workers, fail=()):
     """Run the schedule with workers that take turns; returns (worker, step) in order of start."""
-    resident, busy, order = {w: None for w in range(workers)}, {}, []
+    resident, busy, order = dict.fromkeys(range(workers)), {}, []
     while not schedule.finished:
         for worker in range(workers):
             if worker in busy:
@@ -114,14 +114,20 @@ def test_a_gang_spans_nodes_and_counts_what_idle_workers_would_return():
     assert not budget.can_ever([Size(1, 1)] * 5) and not budget.can_ever([Size(3, 0)])
 
 
-@pytest.mark.parametrize("history, decision", [
-    ([(DIED, "")], Decision.RETRY),
-    ([(DIED, "")] * ATTEMPTS, Decision.GIVE_UP),
-    ([("OutOfMemoryError", "CUDA out of memory")], Decision.SMALLER),
-    ([("RuntimeError", "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")], Decision.SMALLER),
-    ([("MemoryError", "")], Decision.SMALLER),
-    ([("StageError", "the loss is not finite")], Decision.GIVE_UP),
-    ([("OSError", "[Errno 28] No space left on device")], Decision.GIVE_UP),
-])
+@pytest.mark.parametrize(
+    "history, decision",
+    [
+        ([(DIED, "")], Decision.RETRY),
+        ([(DIED, "")] * ATTEMPTS, Decision.GIVE_UP),
+        ([("OutOfMemoryError", "CUDA out of memory")], Decision.SMALLER),
+        (
+            [("RuntimeError", "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")],
+            Decision.SMALLER,
+        ),
+        ([("MemoryError", "")], Decision.SMALLER),
+        ([("StageError", "the loss is not finite")], Decision.GIVE_UP),
+        ([("OSError", "[Errno 28] No space left on device")], Decision.GIVE_UP),
+    ],
+)
 def test_decisions_follow_the_last_failure(history, decision):
     assert decide([Failure(t, m) for t, m in history]) is decision

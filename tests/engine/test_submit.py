@@ -25,8 +25,17 @@ finetune: {{rank: 8, alpha: 16, examples: 10, epochs: 1, learning_rate: 5e-3}}
 
 def write_study(folder: Path, corpus: str = "corpus.jsonl") -> tuple[Path, Study]:
     """A study with a model, a corpus, a task and things that must stay at home."""
-    for name in ("model/config.json", "data/sst2/train.parquet", "data/rte/train.parquet", "unrelated.bin",
-                 "corpus.jsonl", "study.lock.json", "model/.git/HEAD", "model/env/pyvenv.cfg", "model/x.pyc"):
+    for name in (
+        "model/config.json",
+        "data/sst2/train.parquet",
+        "data/rte/train.parquet",
+        "unrelated.bin",
+        "corpus.jsonl",
+        "study.lock.json",
+        "model/.git/HEAD",
+        "model/env/pyvenv.cfg",
+        "model/x.pyc",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     file = folder / "study.yaml"
@@ -68,8 +77,9 @@ def test_a_missing_file_is_refused_before_anything_is_sent(tmp_path: Path) -> No
         sut.pack(file, study, "/mnt/store", shared=False)
 
 
-def test_more_than_ray_uploads_is_refused_and_the_largest_file_named(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_ray_uploads_is_refused_and_the_largest_file_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, study = write_study(tmp_path)
     (tmp_path / "corpus.jsonl").write_text("x" * 4000)
     monkeypatch.setattr(sut, "UPLOAD_LIMIT", 3000)
@@ -96,8 +106,22 @@ def test_a_shared_study_runs_where_it_lies(tmp_path: Path, monkeypatch: pytest.M
 def test_the_entrypoint_survives_the_shell(tmp_path: Path) -> None:
     package = sut.Package("my study.yaml", "/mnt/store", (), tmp_path)
     line = sut.entrypoint(package, ["lineages.l.updates=[{tokens: 5}]", "name=a b"])
-    assert shlex.split(line) == ["python", "-m", "portllm", "run", "my study.yaml", "--yes", "--address", "auto",
-                                 "--store", "/mnt/store", "-o", "lineages.l.updates=[{tokens: 5}]", "-o", "name=a b"]
+    assert shlex.split(line) == [
+        "python",
+        "-m",
+        "portllm",
+        "run",
+        "my study.yaml",
+        "--yes",
+        "--address",
+        "auto",
+        "--store",
+        "/mnt/store",
+        "-o",
+        "lineages.l.updates=[{tokens: 5}]",
+        "-o",
+        "name=a b",
+    ]
 
 
 def test_the_token_is_found_where_ray_keeps_it(tmp_path: Path) -> None:
@@ -112,8 +136,9 @@ def test_the_token_is_found_where_ray_keeps_it(tmp_path: Path) -> None:
     assert sut.auth_headers({"RAY_AUTH_MODE": "disabled"}, tmp_path) == {}
 
 
-@pytest.mark.parametrize("given, asked", [("head:8265", "http://head:8265"), ("http://h:1", "http://h:1"),
-                                          ("auto", "auto"), (None, None)])
+@pytest.mark.parametrize(
+    "given, asked", [("head:8265", "http://head:8265"), ("http://h:1", "http://h:1"), ("auto", "auto"), (None, None)]
+)
 def test_a_bare_host_and_port_is_the_dashboard(given: str | None, asked: str | None) -> None:
     assert sut.dashboard_url(given) == asked
 
@@ -150,7 +175,8 @@ def test_a_log_that_was_cut_is_not_written_twice() -> None:
 
 
 def test_a_job_that_is_not_ours_is_listed_without_a_study() -> None:
-    details = SimpleNamespace(submission_id="x", status="STOPPED", metadata=None, start_time=1000, end_time=3000,
-                              message=None)
+    details = SimpleNamespace(
+        submission_id="x", status="STOPPED", metadata=None, start_time=1000, end_time=3000, message=None
+    )
     job = sut._job(details)
     assert (job.study, job.status, job.wall_s) == ("", "STOPPED", 2.0)

@@ -52,11 +52,27 @@ def head() -> Iterator[Head]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         environment |= {"RAY_AUTH_MODE": "token", "HOME": folder, "PATH": f"{BIN}:{os.environ['PATH']}"}
         started = subprocess.Popen(
-            [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-             "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--num-cpus=2",
-             "--object-store-memory=100000000", f"--temp-dir={folder}/r", "--disable-usage-stats"],
-            env=environment, stdout=(home / "head.log").open("w"), stderr=subprocess.STDOUT)
+            [
+                BIN / "ray",
+                "start",
+                "--head",
+                "--block",
+                "--node-ip-address=127.0.0.1",
+                f"--port={gcs}",
+                "--include-dashboard=true",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--ray-client-server-port={client}",
+                "--num-cpus=2",
+                "--object-store-memory=100000000",
+                f"--temp-dir={folder}/r",
+                "--disable-usage-stats",
+            ],
+            env=environment,
+            stdout=(home / "head.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
         try:
             running = Head(f"127.0.0.1:{dashboard}", home)
             wait_until_ready(running, started)
@@ -101,8 +117,9 @@ def user(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
     return head
 
 
-def test_without_the_token_the_error_says_where_to_put_it(user: Head, monkeypatch: pytest.MonkeyPatch,
-                                                          tmp_path: Path) -> None:
+def test_without_the_token_the_error_says_where_to_put_it(
+    user: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(EngineError, match=r"refuses the token .*RAY_AUTH_TOKEN.*\.ray/auth_token"):
         sut.jobs(user.address)
@@ -144,14 +161,20 @@ def test_a_job_that_failed_or_was_stopped_is_no_success(user: Head) -> None:
     assert not sut.cancel(job, user.address)
 
 
-def test_a_study_submitted_from_outside_publishes_its_results(user: Head, tmp_path: Path,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_submitted_from_outside_publishes_its_results(
+    user: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Uploaded, run on the cluster, published in a store both see; submitted again it has nothing left to do."""
     study, store = write_world(tmp_path / "toy"), tmp_path / "store"
     job = sut.submit(study, address=user.address, store=str(store), follow=True)
     assert any(j.id == job and j.study == "toy" and j.status == "SUCCEEDED" for j in sut.jobs(user.address))
-    found = subprocess.run([sys.executable, "-m", "portllm", "results", study, "--store", store, "--format", "csv"],
-                           capture_output=True, text=True, check=True, timeout=120).stdout
+    found = subprocess.run(
+        [sys.executable, "-m", "portllm", "results", study, "--store", store, "--format", "csv"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
     assert {"none", "port", "refit"} <= set(found.replace("\n", ",").split(","))
 
     capsys.readouterr()

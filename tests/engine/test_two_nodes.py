@@ -9,13 +9,16 @@ import pytest
 from tests.engine.clusters import cluster, events, run
 from tests.toys import STUDY, write_world
 
-WIDE = STUDY + """
+WIDE = (
+    STUDY
+    + """
 resources:
   update: {workers: 4, gpus: 1}
   finetune: {gpus: 1}
   evaluate: {gpus: 1}
 tracking: {enabled: false}
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def test_workers_hold_what_the_plan_printed(ran):
 
 
 def test_evaluators_hold_their_gpu(ran):
-    planned, tasks, actors, _ = ran
+    _planned, tasks, actors, _ = ran
     evaluators = {t["actor_id"] for t in tasks if t["name"].startswith("evaluate")}
     assert evaluators
     for actor in actors:

@@ -29,22 +29,28 @@ def keys(file, *overrides):
     return set(make_plan(*open_study(file, list(overrides))).steps)
 
 
-@pytest.mark.parametrize("override, message", [
-    ("models.m.path=nowhere", r"models\.m\.path: .*nowhere does not exist"),
-    ("models.m={gguf: study.yaml}", "is not a GGUF file"),
-    ("models.m={gguf: none.gguf}", r"models\.m\.gguf: .*does not exist.*make gemma"),
-    ("corpora.c.path=none.txt", r"corpora\.c\.path: .*does not exist"),
-    ("corpora.c={path: study.yaml, text: x}", "none of .parquet"),
-    ("corpora.c={path: data/mood/train.parquet, text: sentense}", "no column `sentense`; its columns: sentence, label, idx"),
-    ("corpora.c={path: data/mood/train.parquet, template: '{sentence} {lable}'}", "no column `lable`"),
-    ("corpora.c={path: data/mood/train.parquet, template: 'plain'}", "names no column"),
-    ("corpora.c={generator: nope, documents: 3}", r"corpora\.c: .*nope"),
-    ("tasks=[moood]", "did you mean|has no directory `moood`"),
-    ("tasks=[{task: mood, include_path: nowhere}]", "include_path"),
-    ("data_root=model", "has no directory `mood`"),
-    ("patches={mood: model}", "patches"),
-    ("lineages.soft.updates=[{path: data}]", r"lineages\.soft\.updates\[0\]\.path|weights"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("models.m.path=nowhere", r"models\.m\.path: .*nowhere does not exist"),
+        ("models.m={gguf: study.yaml}", "is not a GGUF file"),
+        ("models.m={gguf: none.gguf}", r"models\.m\.gguf: .*does not exist.*make gemma"),
+        ("corpora.c.path=none.txt", r"corpora\.c\.path: .*does not exist"),
+        ("corpora.c={path: study.yaml, text: x}", "none of .parquet"),
+        (
+            "corpora.c={path: data/mood/train.parquet, text: sentense}",
+            "no column `sentense`; its columns: sentence, label, idx",
+        ),
+        ("corpora.c={path: data/mood/train.parquet, template: '{sentence} {lable}'}", "no column `lable`"),
+        ("corpora.c={path: data/mood/train.parquet, template: 'plain'}", "names no column"),
+        ("corpora.c={generator: nope, documents: 3}", r"corpora\.c: .*nope"),
+        ("tasks=[moood]", "did you mean|has no directory `moood`"),
+        ("tasks=[{task: mood, include_path: nowhere}]", "include_path"),
+        ("data_root=model", "has no directory `mood`"),
+        ("patches={mood: model}", "patches"),
+        ("lineages.soft.updates=[{path: data}]", r"lineages\.soft\.updates\[0\]\.path|weights"),
+    ],
+)
 def test_what_a_study_names_must_exist_and_fit(world, override, message):
     with pytest.raises((ResolveError, SpecError), match=message):
         open_study(world, [override])
@@ -137,11 +143,18 @@ def test_a_lock_pins_what_the_study_leaves_open(copy):
 
 
 def test_planning_imports_neither_torch_nor_ray(world, tmp_path):
-    script = (f"import sys; from portllm.cli import main\n"
-              f"try: main(['plan', {str(world)!r}, '--store', {str(tmp_path)!r}])\n"
-              "finally: print(sorted({'torch', 'ray', 'transformers', 'mlflow', 'deepspeed'} & sys.modules.keys()))")
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                           env={"PATH": "", "PORTLLM_CACHE": str(tmp_path / "cold")})
+    script = (
+        f"import sys; from portllm.cli import main\n"
+        f"try: main(['plan', {str(world)!r}, '--store', {str(tmp_path)!r}])\n"
+        "finally: print(sorted({'torch', 'ray', 'transformers', 'mlflow', 'deepspeed'} & sys.modules.keys()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "PORTLLM_CACHE": str(tmp_path / "cold")},
+    )
     assert found.stdout.rstrip().endswith("[]"), found.stdout
 
 

@@ -8,8 +8,20 @@ from portllm.errors import SpecError
 from portllm.study.document import dotted, override, parse
 
 
-@pytest.mark.parametrize("text, value", [("5e-4", 5e-4), ("5.0e-3", 5e-3), ("1E3", 1e3), ("500_000", 500_000), ("3", 3),
-                                         ("-2.5", -2.5), ("'5e-4'", "5e-4"), ("e4", "e4"), ("1e", "1e")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5e-4", 5e-4),
+        ("5.0e-3", 5e-3),
+        ("1E3", 1e3),
+        ("500_000", 500_000),
+        ("3", 3),
+        ("-2.5", -2.5),
+        ("'5e-4'", "5e-4"),
+        ("e4", "e4"),
+        ("1e", "1e"),
+    ],
+)
 def test_numbers_are_numbers_however_they_are_written(text, value):
     found = parse(f"a: {text}", "s.yaml").data["a"]
     assert found == value and type(found) is type(value)

@@ -9,16 +9,26 @@ from hypothesis import strategies as st
 from portllm.study import recipes as r
 from portllm.study.keys import canonical, digest, step_key
 
-UPDATE = r.Update(method="lora", tokens=100, sequence_length=8, lora=r.Lora(4, 8.0),
-                  optimization=r.Optimization(learning_rate=1e-3, batch=2, seed=0))
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-10**6, 10**6) | st.text(max_size=8)
-                    | st.floats(allow_nan=False, allow_infinity=False),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-                    max_leaves=8)
+UPDATE = r.Update(
+    method="lora",
+    tokens=100,
+    sequence_length=8,
+    lora=r.Lora(4, 8.0),
+    optimization=r.Optimization(learning_rate=1e-3, batch=2, seed=0),
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**6), 10**6)
+    | st.text(max_size=8)
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def test_a_key_is_stable_across_releases():
-    """A change of this value orphans everything users computed: bump a stage's version on purpose, never by accident."""
+    """A change of this value orphans what users computed: bump a stage's version on purpose, never by accident."""
     key = step_key("update", UPDATE, {"root": "a", "corpus": "b"})
     assert key == "26cb1f80c93c979fc49ef293e603a9d3fa06600cf705cfe1be9f1d0468723121"
 
@@ -56,11 +66,17 @@ def test_a_default_of_another_type_is_not_the_default():
     assert canonical(Recipe(1, 0)) == {"a": 1, "b": 0}
 
 
-@pytest.mark.parametrize("change", [
-    {"tokens": 101}, {"start": 100}, {"method": "full"}, {"lora": r.Lora(8, 8.0)},
-    {"optimization": r.Optimization(learning_rate=1e-3, batch=2, seed=1)},
-    {"optimization": r.Optimization(learning_rate=1e-3, batch=2, seed=0, dtype="bfloat16")},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 101},
+        {"start": 100},
+        {"method": "full"},
+        {"lora": r.Lora(8, 8.0)},
+        {"optimization": r.Optimization(learning_rate=1e-3, batch=2, seed=1)},
+        {"optimization": r.Optimization(learning_rate=1e-3, batch=2, seed=0, dtype="bfloat16")},
+    ],
+)
 def test_whatever_changes_a_number_changes_the_key(change):
     inputs = {"root": "a", "corpus": "b"}
     assert step_key("update", UPDATE, inputs) != step_key("update", replace(UPDATE, **change), inputs)

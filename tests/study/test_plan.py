@@ -58,37 +58,61 @@ def test_adding_a_task_adds_only_its_own_steps():
 
 
 def test_a_limit_changes_no_training():
-    trained = [{k for k, s in p.steps.items() if s.stage in ("update", "finetune")}
-               for p in (plan(), plan("tasks=[{task: easy, limit: 5}, hard]"))]
+    trained = [
+        {k for k, s in p.steps.items() if s.stage in ("update", "finetune")}
+        for p in (plan(), plan("tasks=[{task: easy, limit: 5}, hard]"))
+    ]
     assert trained[0] == trained[1]
 
 
-@pytest.mark.parametrize("override", ["resources.finetune={workers: 2, zero: 2, micro_batch: 1}", "store=elsewhere",
-                                      "resources.evaluate.threads=2", "tracking.enabled=false", "name=other"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources.finetune={workers: 2, zero: 2, micro_batch: 1}",
+        "store=elsewhere",
+        "resources.evaluate.threads=2",
+        "tracking.enabled=false",
+        "name=other",
+    ],
+)
 def test_resources_and_places_do_not_change_a_key(override):
     assert plan(override).steps.keys() == plan().steps.keys()
 
 
-@pytest.mark.parametrize("override, stages", [
-    ("evaluate.score_tokens=64", {"evaluate"}), ("evaluate.dtype=bfloat16", {"evaluate"}),
-    ("finetune.seeds=[3, 4]", {"finetune", "evaluate"}), ("finetune.examples=9", {"requests", "finetune", "evaluate"}),
-])
+@pytest.mark.parametrize(
+    "override, stages",
+    [
+        ("evaluate.score_tokens=64", {"evaluate"}),
+        ("evaluate.dtype=bfloat16", {"evaluate"}),
+        ("finetune.seeds=[3, 4]", {"finetune", "evaluate"}),
+        ("finetune.examples=9", {"requests", "finetune", "evaluate"}),
+    ],
+)
 def test_a_recipe_changes_its_own_stage_and_what_follows(override, stages):
     old, new = plan(), plan(override)
     assert {s.stage for k, s in new.steps.items() if k not in old.steps} == stages
 
 
 def test_given_versions_and_patches_train_nothing():
-    text = TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 100, steps: 2}", "{path: v1}").replace(
-        "finetune: {rank: 8, learning_rate: 1e-3, examples: 10, seeds: [1, 2]}", "patches: {easy: p}\narms: [none, port]"
-    ).replace("tasks: [easy, hard]", "tasks: [easy]").replace(
-        "  hard: {model: m, updates: [{corpus: c, method: full, tokens: 100, steps: 2}]}\n", "")
+    text = (
+        TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 100, steps: 2}", "{path: v1}")
+        .replace(
+            "finetune: {rank: 8, learning_rate: 1e-3, examples: 10, seeds: [1, 2]}",
+            "patches: {easy: p}\narms: [none, port]",
+        )
+        .replace("tasks: [easy, hard]", "tasks: [easy]")
+        .replace("  hard: {model: m, updates: [{corpus: c, method: full, tokens: 100, steps: 2}]}\n", "")
+    )
     asked, known = study(text), facts(("easy",))
     version = type(known.models["m"])(given("model", "v1"), given("tokenizer", "m"))
     found = make_plan(asked, facts(("easy",), versions={("soft", 0): version}))
     assert {s.stage for s in found.steps.values()} == {"requests", "evaluate"}
     assert [(c.arm, c.t, c.update) for c in found.cells] == [
-        ("none", 0, None), ("port", 0, None), ("none", 1, "given"), ("port", 1, "given")]
+        ("none", 0, None),
+        ("port", 0, None),
+        ("none", 1, "given"),
+        ("port", 1, "given"),
+    ]
 
 
 def test_update_seeds_make_lineages_of_their_own():
@@ -104,10 +128,13 @@ def test_excluded_documents_are_part_of_the_corpus():
     assert {s.stage for k, s in new.steps.items() if k not in old.steps} == {"corpus", "update", "finetune", "evaluate"}
 
 
-@pytest.mark.parametrize("override, message", [
-    ("finetune.rank=32", "larger than the model's width of 16"),
-    ("lineages.soft.updates[0].sequence_length=1024", "reads at most 512"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("finetune.rank=32", "larger than the model's width of 16"),
+        ("lineages.soft.updates[0].sequence_length=1024", "reads at most 512"),
+    ],
+)
 def test_what_the_shape_forbids_is_refused(override, message):
     with pytest.raises(SpecError, match=message):
         plan(override)
@@ -130,8 +157,13 @@ def test_ten_thousand_cells_plan_in_seconds():
     import time
 
     tasks = tuple(f"task{i}" for i in range(40))
-    asked = study(TEXT, f"tasks=[{', '.join(tasks)}]", "lineages.soft.updates[0].steps=20",
-                  "lineages.hard.updates[0].steps=20", "finetune.seeds=[1, 2, 3]")
+    asked = study(
+        TEXT,
+        f"tasks=[{', '.join(tasks)}]",
+        "lineages.soft.updates[0].steps=20",
+        "lineages.hard.updates[0].steps=20",
+        "finetune.seeds=[1, 2, 3]",
+    )
     begin = time.process_time()
     found = make_plan(asked, facts(tasks))
     assert len(found.cells) > 10_000

@@ -10,42 +10,58 @@ from portllm.study.spec import json_schema, load
 from tests.study.worlds import TEXT, study
 
 
-@pytest.mark.parametrize("override, message", [
-    ("models.m.pth=x", r"models\.m\.pth: unknown key; did you mean `path`"),
-    ("lineages.soft.updates[0].rnk=2", r"s\.yaml:6: lineages\.soft\.updates\[0\]\.rnk: unknown key; did you mean `rank`"),
-    ("finetune.rank=0", r"finetune\.rank\[0\]: .*greater than or equal to 1"),
-    ("finetune.seeds=[]", r"finetune\.seeds"),
-    ("finetune.learning_rate=-1", r"finetune\.learning_rate: .*greater than 0"),
-    ("finetune.learning_rate=.inf", r"finetune\.learning_rate"),
-    ("finetune={learning_rate: 1e-3, steps: 3, epochs: 1}", "epochs or steps, not both"),
-    ("lineages.soft.model=n", r"lineages\.soft\.model: `n` is not defined"),
-    ("lineages.soft.updates[0].corpus=cc", r"updates\[0\]\.corpus: `cc` is not defined; did you mean `c`"),
-    ("models.m.hub=a/b", "exactly one of path, hub, gguf, init; found path and hub"),
-    ("lineages.soft.updates[0].method=null", "an update needs method"),
-    ("tasks=[easy, easy]", "task `easy` stands twice"),
-    ("patches={other: dir}", "`other` is not defined"),
-    ("arms=[none, prot]", r"arms\[1\]"),
-    ("arms=[none, none]", "an arm stands twice"),
-    ("finetune=null", "arms port and refit train patches: give finetune"),
-    ("evaluate.apply=glued", r"evaluate\.apply"),
-    ("resources.evaluate.workers=2", "evaluators are as many as the cluster holds"),
-    ("corpora.c={path: c.jsonl}", "name the column"),
-    ("corpora.c={generator: toy}", "a generator needs documents"),
-    ("name='../x'", "name"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("models.m.pth=x", r"models\.m\.pth: unknown key; did you mean `path`"),
+        (
+            "lineages.soft.updates[0].rnk=2",
+            r"s\.yaml:6: lineages\.soft\.updates\[0\]\.rnk: unknown key; did you mean `rank`",
+        ),
+        ("finetune.rank=0", r"finetune\.rank\[0\]: .*greater than or equal to 1"),
+        ("finetune.seeds=[]", r"finetune\.seeds"),
+        ("finetune.learning_rate=-1", r"finetune\.learning_rate: .*greater than 0"),
+        ("finetune.learning_rate=.inf", r"finetune\.learning_rate"),
+        ("finetune={learning_rate: 1e-3, steps: 3, epochs: 1}", "epochs or steps, not both"),
+        ("lineages.soft.model=n", r"lineages\.soft\.model: `n` is not defined"),
+        ("lineages.soft.updates[0].corpus=cc", r"updates\[0\]\.corpus: `cc` is not defined; did you mean `c`"),
+        ("models.m.hub=a/b", "exactly one of path, hub, gguf, init; found path and hub"),
+        ("lineages.soft.updates[0].method=null", "an update needs method"),
+        ("tasks=[easy, easy]", "task `easy` stands twice"),
+        ("patches={other: dir}", "`other` is not defined"),
+        ("arms=[none, prot]", r"arms\[1\]"),
+        ("arms=[none, none]", "an arm stands twice"),
+        ("finetune=null", "arms port and refit train patches: give finetune"),
+        ("evaluate.apply=glued", r"evaluate\.apply"),
+        ("resources.evaluate.workers=2", "evaluators are as many as the cluster holds"),
+        ("corpora.c={path: c.jsonl}", "name the column"),
+        ("corpora.c={generator: toy}", "a generator needs documents"),
+        ("name='../x'", "name"),
+    ],
+)
 def test_what_is_wrong_is_refused_by_field(override, message):
     with pytest.raises(SpecError, match=message):
         study(TEXT, override)
 
 
 def test_a_task_or_model_may_change_the_fine_tuning():
-    asked = study(TEXT, "models.m.finetune={steps: 7}", "tasks=[{task: easy, finetune: {rank: 2, learning_rate: 5e-4}}]")
+    asked = study(
+        TEXT, "models.m.finetune={steps: 7}", "tasks=[{task: easy, finetune: {rank: 2, learning_rate: 5e-4}}]"
+    )
     fields = asked.finetune.changed(asked.models["m"].finetune, asked.tasks[0].finetune)
-    assert (fields.steps, fields.epochs, fields.rank, fields.learning_rate, fields.seeds) == (7, None, [2], 5e-4, [1, 2])
+    assert (fields.steps, fields.epochs, fields.rank, fields.learning_rate, fields.seeds) == (
+        7,
+        None,
+        [2],
+        5e-4,
+        [1, 2],
+    )
 
 
 def test_given_patches_alone_need_no_finetune():
-    assert study(TEXT, "finetune=null", "arms=[none, port]", "patches={easy: p, hard: [p]}").patches["hard"][0].path == "p"
+    assert (
+        study(TEXT, "finetune=null", "arms=[none, port]", "patches={easy: p, hard: [p]}").patches["hard"][0].path == "p"
+    )
 
 
 def test_the_schema_accepts_what_the_loader_accepts():

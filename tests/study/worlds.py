@@ -1,8 +1,9 @@
 """A study and its facts as plain values: planning needs no files."""
 
 from portllm.study.facts import CorpusFacts, Facts, Given, ModelFacts, PatchFacts, Shape, TaskFacts
-from portllm.study.plan import Plan, make_plan
+from portllm.study.plan import make_plan
 from portllm.study.spec import Study, load
+from portllm.study.steps import Plan
 
 TEXT = """
 name: world
@@ -26,8 +27,10 @@ def facts(names: tuple[str, ...] = ("easy", "hard"), **changes: object) -> Facts
         "lm_eval": "0.4.13",
         "models": {"m": ModelFacts(given("model", "m"), given("tokenizer", "m"), shape=shape)},
         "corpora": {"c": CorpusFacts(given("corpus", "c"), format="parquet", rows=10)},
-        "tasks": {t: TaskFacts(None, given("data", t), config=t, documents=50, training=100, choices=2, template=t)
-                  for t in names},
+        "tasks": {
+            t: TaskFacts(None, given("data", t), config=t, documents=50, training=100, choices=2, template=t)
+            for t in names
+        },
         "patches": {("easy", 0): PatchFacts(given("patch", "p"), rank=8)},
     }
     return Facts(**(values | changes))  # type: ignore[arg-type]

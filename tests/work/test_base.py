@@ -95,9 +95,7 @@ def test_what_cannot_be_made_is_refused(change: dict[str, Any], message: str, tm
         make(tmp_path / "out", replace(RECIPE, **change))
 
 
-def test_a_hub_out_of_reach_names_the_repository_and_the_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_out_of_reach_names_the_repository_and_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = Base("hub", hub="someone/model", revision="0" * 40)
     with pytest.raises(StageError, match=r"someone/model.*HF_HUB_OFFLINE.*path"):
