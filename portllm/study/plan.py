@@ -72,7 +72,9 @@ class _Planner:
                 version = self._next(name, i, update, version, position, seed)
                 yield version
 
-    def _cells(self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task, mode: str) -> None:
+    def _cells(
+        self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task, mode: ApplyMode
+    ) -> None:
         for arm in self.study.arms:
             for source, patches, rank, seed in self._patches(lineage, arm, zero, version, task):
                 model = self.study.lineages[lineage].model

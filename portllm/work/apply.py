@@ -33,7 +33,7 @@ from portllm.formats.tensors import (
 from portllm.work.context import Summary
 from portllm.work.patches import DTYPES, Applied, Patches, add, read_patches, read_tensor, touched
 
-_SAFETENSORS = {torch_name: name for name, torch_name in STORAGE.items()}
+_SAFETENSORS: dict[str, str] = {torch_name: name for name, torch_name in STORAGE.items()}
 _FLOATING = frozenset({*STORAGE, "F64"})
 _COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
 _OURS = frozenset({"config.json", "provenance.json", "version.json"})
