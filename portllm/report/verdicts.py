@@ -76,8 +76,8 @@ class Verdict:
 
     @property
     def name(self) -> str:
-        """The task, with its few-shot setting when it is not the task's own."""
-        return self.task if self.num_fewshot is None else f"{self.task} ({self.num_fewshot}-shot)"
+        """The task, with its few-shot setting when there are shots."""
+        return self.task if not self.num_fewshot else f"{self.task} ({self.num_fewshot}-shot)"
 
     @property
     def scale(self) -> float:

@@ -120,7 +120,7 @@ def clean(name: str) -> str:
 
 
 def _metric(row: Mapping[str, Any]) -> str:
-    shots = "" if row["num_fewshot"] is None else f".{row['num_fewshot']}shot"
+    shots = "" if not row["num_fewshot"] else f".{row['num_fewshot']}shot"
     kind = "" if row["filter"] in (None, "", "none") else f".{row['filter']}"
     # A task of the user's may hold a slash; the one between task and metric is ours.
     task = str(row["task"]).replace("/", "_")
