@@ -47,6 +47,7 @@ def from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     linear = tuple(block * layers)
     embeddings = config["vocab_size"] * hidden * (1 if _tied(config) else 2)
     norms = (4 if config["model_type"].startswith(("gemma2", "gemma3")) else 2) * hidden * layers + hidden
+    norms += 2 * size * layers if config["model_type"] in ("gemma3_text", "qwen3") else 0  # of queries and keys
     biases = (query + 2 * value) * layers if config["model_type"] == "qwen2" else 0
     return _shape(sum(a * b for a, b in linear) + embeddings + norms + biases, linear, config, storage)
 

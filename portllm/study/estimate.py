@@ -73,12 +73,17 @@ def _flops(step: Step, shape: Shape, facts: Facts, plan: Plan) -> float:
         limit = getattr(plan.steps[step.inputs["examples"]].recipe, "examples", None)
         examples = min(examples, limit or examples)
         seen = recipe.steps * recipe.optimization.batch if recipe.steps else examples * (recipe.epochs or 1.0)
-        return 4.0 * shape.parameters * seen * DOCUMENT_TOKENS
+        return 4.0 * _body(shape) * seen * DOCUMENT_TOKENS
     if isinstance(recipe, Evaluate) and task:
         limit = getattr(plan.steps[step.inputs["requests"]].recipe, "limit", None)
         documents = task.documents if task.documents is not None else DOCUMENTS
-        return 2.0 * shape.parameters * min(documents, limit or documents) * DOCUMENT_TOKENS * max(1, task.choices)
+        return 2.0 * _body(shape) * min(documents, limit or documents) * DOCUMENT_TOKENS
     return 0.0
+
+
+def _body(shape: Shape) -> float:
+    """Parameters that every token passes; patches and scores read the head at a few positions only."""
+    return shape.parameters - shape.vocabulary * shape.hidden
 
 
 def _memory(step: Step, shape: Shape) -> int:

@@ -134,7 +134,7 @@ class Model(Strict):
     """GGUF file, dequantised once."""
     init: Init | None = None
     shape: str | None = None
-    """For a hub model: its config JSON (a file, or a name that ships with portllm), so that `plan` works offline."""
+    """For hub and gguf: the model's config JSON (a file, or a name that ships with portllm), for `plan` to estimate."""
     dtype: Dtype | None = None
     """Storage dtype of the lineage for hub, gguf and init; a directory keeps its own."""
     finetune: FinetuneChange | None = None
@@ -381,7 +381,20 @@ def _check_names(study: Study, document: Document) -> None:
         for i, update in enumerate(lineage.updates):
             if update.corpus is not None:
                 _known(update.corpus, study.corpora, ("lineages", name, "updates", i, "corpus"), document)
+    _check_zero(study, document)
     _check_tasks(study, document)
+
+
+def _check_zero(study: Study, document: Document) -> None:
+    """ZeRO-3 can save empty adapters (peft #2892): refused before anything is spent."""
+    lora = {
+        "finetune": True,
+        "update": any(u.method == "lora" for line in study.lineages.values() for u in line.updates),
+    }
+    for stage, trains_lora in lora.items():
+        if trains_lora and getattr(study.resources, stage).zero == 3:
+            where = document.where(("resources", stage, "zero"))
+            raise SpecError(f"{where}: ZeRO-3 with LoRA can save empty adapters; use zero: 2")
 
 
 def _check_tasks(study: Study, document: Document) -> None:
