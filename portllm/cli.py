@@ -165,12 +165,13 @@ def run(
 def _run(asked: Study, planned: Plan, kept: Store, missing: list[Step], address: str | None, quiet: bool) -> Any:
     """Execute the missing steps; a finished study starts neither Ray nor MLflow."""
     from portllm.engine.start import nothing_to_do, run_plan
+    from portllm.report.build import write_outcome
 
     if not missing:
         if not quiet:
             print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
         return nothing_to_do()
-    return run_plan(asked, planned, kept, address, quiet)
+    return run_plan(asked, planned, kept, address, quiet, lambda: write_outcome(asked, planned, kept))
 
 
 @app.command()
@@ -241,10 +242,11 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Default: in the store.")] = None,
 ) -> None:
     """Write the report: one self-contained HTML page."""
-    from portllm.report.build import write_report
+    from portllm.report.build import report_path, write_report
 
     asked, _, planned = _planned(study, override)
-    print(write_report(asked, planned, _store(asked, study, store), output))
+    kept = _store(asked, study, store)
+    print(write_report(asked, planned, kept, output or report_path(asked, kept)))
 
 
 @app.command()

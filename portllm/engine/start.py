@@ -43,8 +43,13 @@ def nothing_to_do() -> dict[str, Any]:
     }
 
 
-def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet: bool) -> dict[str, Any]:
-    """Run what is missing; returns the report as JSON values."""
+def run_plan(
+    study: Study, plan: Plan, store: Store, address: str | None, quiet: bool, show: Callable[[], list[Path]]
+) -> dict[str, Any]:
+    """Run what is missing; returns what was done as JSON values.
+
+    `show` writes the study's results and report once the cells are there; MLflow gets the files it returns.
+    """
     _require_compiler(store, plan)
     if not quiet and not address and _slow_bf16(plan, store):
         print(SLOW_BF16, file=sys.stderr)
@@ -60,10 +65,14 @@ def run_plan(study: Study, plan: Plan, store: Store, address: str | None, quiet:
         with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
             runner = Runner(plan, store, budget, progress, _publisher(mirror, plan, store))
             report = runner.run()
+        shown = show()
+        if mirror is not None:
+            for path in shown:
+                mirror.artifact(path)
     finally:
         _close(mirror, quiet)
     report.wall_s = round(time.monotonic() - started, 2)
-    _say(plan, report, quiet)
+    _say(plan, report, shown, quiet)
     return {
         **vars(report),
         "steps_executed": len(report.executed),
@@ -120,10 +129,11 @@ def _close(mirror: Mirror | None, quiet: bool) -> None:
                 )
 
 
-def _say(plan: Plan, report: Any, quiet: bool) -> None:
+def _say(plan: Plan, report: Any, shown: list[Path], quiet: bool) -> None:
     if quiet:
         return
     text = f"{plan.name}: {len(report.executed)} steps in {report.wall_s:.0f} s"
+    text += "".join(f"\n  {path}" for path in shown)
     if report.failed:
         text += f"; {len(report.failed)} failed, {len(report.blocked)} wait for them:\n"
         text += "\n".join(f"  {label}: {f.type}: {f.message}\n    log: {f.log}" for label, f in report.failed.items())

@@ -35,20 +35,33 @@ def print_results(study: Study, plan: Plan, store: Store, format: str, output: P
         raise SpecError(f"--format {format}: one of table, csv, json, parquet")
 
 
-def write_report(study: Study, plan: Plan, store: Store, output: Path | None) -> Path:
-    """Write the page (and the rows beside it in the store); returns its path."""
+def write_report(study: Study, plan: Plan, store: Store, path: Path) -> Path:
+    """Write the page; returns its path."""
     from portllm.report.html import render
+
+    found = rows(plan.cells, store)
+    page = render(_facts(study, store), found, study_verdicts(study, plan, store), trainings(plan, store))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def report_path(study: Study, store: Store) -> Path:
+    """Where a study's page lies in its store."""
+    return store.paths.study(study.name) / "report.html"
+
+
+def write_outcome(study: Study, plan: Plan, store: Store) -> list[Path]:
+    """What a run leaves for its user in the store: the rows and the page. Nothing while no cell is published."""
     from portllm.report.table import write_rows
 
     found = rows(plan.cells, store)
-    directory = store.paths.study(study.name)
-    path = output or directory / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(_facts(study, store), found, study_verdicts(study, plan, store), trainings(plan, store))
-    path.write_text(page, encoding="utf-8")
-    if output is None:
-        write_rows(found, "parquet", directory / "results.parquet")
-    return path
+    if not found:
+        return []
+    page = write_report(study, plan, store, report_path(study, store))
+    table = page.with_name("results.parquet")
+    write_rows(found, "parquet", table)
+    return [table, page]
 
 
 def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:
