@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def new_context(scratch: Path, threads: int, rank: int = 0, world: int = 1) -> A
 
 
 def quiet_libraries() -> None:
-    """No progress bars or advice of other libraries in a worker's output, and no look at the hub unless asked."""
+    """No progress bars or advice of other libraries in a worker's output; ninja is found beside the interpreter."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,8 +19,17 @@ import pytest
 
 from portllm.engine import submit as sut
 from portllm.errors import EngineError
-from tests.toys import write_world
+from tests.conftest import ROOT
 
+SMALL = [
+    "tasks=[{task: toy_mood, include_path: quickstart, limit: 50}]",
+    "lineages={gentle: {model: toy, updates: [{corpus: diaries, method: lora, rank: 4, tokens: 4096, sequence_length: 64}]}}",
+    "finetune={rank: 8, learning_rate: 5e-3, steps: 10}",
+    "corpora.reviews.documents=1500",
+    "corpora.diaries.documents=400",
+    "models.toy.init.tokens=20480",
+]
+"""The quickstart in small."""
 TOKEN = "a-token-of-this-test-0123456789abcdef"
 BIN = Path(sys.executable).parent
 
@@ -165,11 +174,12 @@ def test_a_study_submitted_from_outside_publishes_its_results(
     user: Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Uploaded, run on the cluster, published in a store both see; submitted again it has nothing left to do."""
-    study, store = write_world(tmp_path / "toy"), tmp_path / "store"
-    job = sut.submit(study, address=user.address, store=str(store), follow=True)
-    assert any(j.id == job and j.study == "toy" and j.status == "SUCCEEDED" for j in sut.jobs(user.address))
+    study, store = ROOT / "jobs" / "quickstart.yaml", tmp_path / "store"
+    job = sut.submit(study, address=user.address, store=str(store), overrides=SMALL, follow=True)
+    assert any(j.id == job and j.study == "quickstart" and j.status == "SUCCEEDED" for j in sut.jobs(user.address))
+    small = [word for assignment in SMALL for word in ("-o", assignment)]
     found = subprocess.run(
-        [sys.executable, "-m", "portllm", "results", study, "--store", store, "--format", "csv"],
+        [sys.executable, "-m", "portllm", "results", study, "--store", store, "--format", "csv", *small],
         capture_output=True,
         text=True,
         check=True,
@@ -178,5 +188,5 @@ def test_a_study_submitted_from_outside_publishes_its_results(
     assert {"none", "port", "refit"} <= set(found.replace("\n", ",").split(","))
 
     capsys.readouterr()
-    sut.submit(study, address=user.address, store=str(store), shared=True, follow=True)
+    sut.submit(study, address=user.address, store=str(store), overrides=SMALL, shared=True, follow=True)
     assert "are published" in capsys.readouterr().out
