@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 
 SMALL = [
     "tasks=[{task: toy_mood, include_path: quickstart, limit: 50}]",
-    "lineages={gentle: {model: toy, updates: [{corpus: diaries, method: lora, rank: 4, tokens: 4096, sequence_length: 64}]}}",
+    "lineages={gentle: {model: toy, updates: [{corpus: diaries, method: lora, tokens: 4096, sequence_length: 64}]}}",
     "finetune={rank: 8, learning_rate: 5e-3, steps: 10}",
     "corpora.reviews.documents=1500",
     "corpora.diaries.documents=400",
