@@ -102,12 +102,11 @@ def _descends(pid, ancestor):
         return False
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_driver_loses_nothing_and_the_rerun_equals_an_undisturbed_run(world, tmp_path, seed):
+def test_a_killed_driver_loses_nothing_and_the_rerun_equals_an_undisturbed_run(world, tmp_path):
     store = tmp_path / "s"
     process = start("run", world, "--store", store, "--yes")
-    seen = lines_until(process, ["corpus c", "finetune m"][seed])
-    time.sleep(random.Random(seed).random())
+    seen = lines_until(process, random.choice(["corpus c", "requests mood", "finetune m"]))
+    time.sleep(random.random())
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = artifacts(store)

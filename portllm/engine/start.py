@@ -60,10 +60,10 @@ def run_plan(
     from portllm.track.study import open_mirror
 
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
     mirror = open_mirror(study, store)
     try:
         with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
+            signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which brings a handler of its own
             runner = Runner(plan, store, budget, progress, _publisher(mirror, plan, store))
             report = runner.run()
         shown = show()
