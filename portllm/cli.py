@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        _end(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line's own complaint about an argument
             _end(error.format_message(), 2)

@@ -7,7 +7,7 @@ import resource
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,24 +71,34 @@ def stage_function(stage: str) -> Any:
 
 
 def execute(job: Job, context: RunContext) -> Outcome:
-    """Run a step and publish it; every error becomes an outcome."""
-    store, step = Store(job.store), job.step
-    started, clock, loads = time.time(), time.monotonic(), context.versions.loads
-    attempt = store.begin(step.key)
-    log = store.paths.log(step.key, attempt.name.rsplit(".", 1)[-1])
-    try:
+    """Run a step in this process and publish it; every error becomes an outcome."""
+
+    def work(attempt: Path, log: Path) -> tuple[Summary, int]:
+        before = context.versions.loads
         with logging_to(log, context):
-            summary = stage_function(step.stage)(step.recipe, job.inputs, attempt, context)
+            summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, attempt, context)
+        return summary, context.versions.loads - before
+
+    return attempted(job, work)
+
+
+def attempted(job: Job, work: Callable[[Path, Path], tuple[Summary, int]]) -> Outcome:
+    """One attempt: `work(directory, log)` gives a summary and a count of model loads; then it is published."""
+    store, step = Store(job.store), job.step
+    started, clock = time.time(), time.monotonic()
+    attempt = store.new_attempt(step.key)
+    log = store.paths.log(step.key, attempt.name.rsplit(".", 1)[-1])
+    where: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    try:
+        store.begin(attempt)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        summary, loads = work(attempt, log)
         wall = time.monotonic() - clock
-        record = make_record(step, summary, wall, started)
-        store.publish(attempt, step.stage, step.key, record)
+        store.publish(attempt, step.stage, step.key, make_record(step, summary, wall, started))
     except Exception as error:
         store.discard(attempt)
-        return outcome_of(error, step.key, time.monotonic() - clock, log, started)
-    loads = context.versions.loads - loads
-    return Outcome(
-        step.key, True, wall, summary, loads=loads, host=socket.gethostname(), pid=os.getpid(), started=started
-    )
+        return Outcome(step.key, False, time.monotonic() - clock, failure=failure_of(error, log), **where)
+    return Outcome(step.key, True, wall, summary, loads=loads, **where)
 
 
 def make_record(step: Step, summary: Summary, wall: float, started: float) -> dict[str, Any]:
@@ -109,20 +119,18 @@ def make_record(step: Step, summary: Summary, wall: float, started: float) -> di
     }
 
 
-def outcome_of(error: BaseException, key: str, wall: float, log: Path, started: float) -> Outcome:
-    """An error as an outcome; its traceback also ends the step's log."""
+def failure_of(error: BaseException, log: Path) -> Failure:
+    """An error as a value; its traceback also ends the step's log."""
     tail = "".join(traceback.format_exception(error))[-4000:]
     with contextlib.suppress(OSError), log.open("a") as file:
         file.write(tail)
-    failure = Failure(type(error).__name__, str(error), tail, str(log))
-    return Outcome(key, False, wall, failure=failure, host=socket.gethostname(), pid=os.getpid(), started=started)
+    return Failure(type(error).__name__, str(error), tail, str(log))
 
 
 @contextlib.contextmanager
 def logging_to(path: Path, context: RunContext) -> Iterator[None]:
     """The context's log goes to the step's own file, line by line."""
     before = context.log
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), line, file=file)
         try:

@@ -10,30 +10,27 @@ from typing import Any
 
 import ray
 
-from portllm.engine.execute import Job, Outcome, make_record, outcome_of, stage_function
+from portllm.engine.execute import Job, Outcome, attempted, stage_function
 from portllm.store.store import Store
+from portllm.work.context import Summary
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def run_gang(job: Job, scratch: str) -> Outcome:
     """Run a step's ranks under TorchTrainer and publish what they wrote; never raises."""
-    store, step = Store(job.store), job.step
-    started, clock = time.time(), time.monotonic()
-    attempt = store.begin(step.key)
-    log = store.paths.log(step.key, attempt.name.rsplit(".", 1)[-1])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        summary = _fit(job, attempt, log, scratch, store)
-        loads = summary.pop("loads")
-        wall = time.monotonic() - clock
-        store.publish(attempt, step.stage, step.key, make_record(step, summary, wall, started))
-    except Exception as error:
-        store.discard(attempt)
-        return outcome_of(_cause(error), step.key, time.monotonic() - clock, log, started)
-    finally:
-        _summary_file(attempt).unlink(missing_ok=True)
-        shutil.rmtree(_train_directory(store) / step.key[:16], ignore_errors=True)
-    return Outcome(step.key, True, wall, summary, started=started, loads=loads)
+    store = Store(job.store)
+
+    def work(attempt: Path, log: Path) -> tuple[Summary, int]:
+        try:
+            summary = _fit(job, attempt, log, scratch, store)
+        except Exception as error:
+            raise _cause(error) from error
+        finally:
+            _summary_file(attempt).unlink(missing_ok=True)
+            shutil.rmtree(_train_directory(store) / job.step.key[:16], ignore_errors=True)
+        return summary, summary.pop("loads")
+
+    return attempted(job, work)
 
 
 def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict[str, Any]:

@@ -214,9 +214,13 @@ class Runner:
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
-            log = self.store.root / "logs"
+            memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+            text = str(error).splitlines()[0]
             failure = Failure(
-                DIED, f"the process that executed it died: {str(error).splitlines()[0]}", str(error)[-2000:], str(log)
+                "OutOfMemoryError" if memory else DIED,
+                f"the process that executed it died: {text}",
+                str(error)[-2000:],
+                str(self.store.root / "logs"),
             )
             return Outcome(step.key, False, 0.0, failure=failure)
 
@@ -226,7 +230,7 @@ class Runner:
                 self.budget.release(node, size_of(holder.step))
             return
         holder.step = None
-        if outcome.failure and outcome.failure.type == DIED:
+        if not outcome.pid:  # nobody was left to sign it
             self._retire(holder)
 
     def _account(self, step: Step, holder: Slot | Gang, outcome: Outcome) -> None:
@@ -253,7 +257,8 @@ class Runner:
         history = self.history.setdefault(step.key, [])
         history.append(failure)
         decision = decide(history)
-        self.store.fail(step.key, {"label": step.label, "decision": decision.value, **vars(failure)})
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self.store.fail(step.key, {"label": step.label, "decision": decision.value, **vars(failure)})
         self.progress.line(f"{step.label}: {failure.type}: {failure.message} ({decision.value}); log: {failure.log}")
         if decision is Decision.GIVE_UP:
             self.report.failed[step.label] = failure

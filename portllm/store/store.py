@@ -67,14 +67,17 @@ class Store:
 
     # --- attempts
 
-    def begin(self, key: str) -> Path:
-        """A private, empty directory for one execution."""
-        path = self.paths.attempt(key, f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    def new_attempt(self, key: str) -> Path:
+        """A path for one execution, made by nobody yet; it names the process, so that what a dead one left is known."""
+        return self.paths.attempt(key, f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+    def begin(self, attempt: Path) -> Path:
+        """Make an attempt's private, empty directory."""
         try:
-            path.mkdir(parents=True)
+            attempt.mkdir(parents=True)
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
-        return path
+            raise StoreError(f"{attempt}: {error.strerror}") from error
+        return attempt
 
     def publish(self, attempt: Path, stage: str, key: str, record: Mapping[str, Any]) -> bool:
         """Make an attempt the step's published output. False if another attempt was first; ours is then discarded."""

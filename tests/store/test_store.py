@@ -15,7 +15,7 @@ KEY = "k" * 64
 
 
 def publish(store, text="x", key=KEY):
-    attempt = store.begin(key)
+    attempt = store.begin(store.new_attempt(key))
     (attempt / "sub").mkdir()
     (attempt / "sub" / "a.txt").write_text(text)
     return store.publish(attempt, "update", key, {"wall_s": 1.0, "summary": {}})
@@ -33,7 +33,7 @@ def test_a_published_artifact_is_whole_read_only_and_recorded(tmp_path):
 
 def test_the_first_publication_wins(tmp_path):
     store = Store(tmp_path).create()
-    first, second = store.begin(KEY), store.begin(KEY)
+    first, second = store.begin(store.new_attempt(KEY)), store.begin(store.new_attempt(KEY))
     (first / "a").write_text("first")
     (second / "a").write_text("second")
     assert store.publish(first, "base", KEY, {}) and not store.publish(second, "base", KEY, {})
@@ -79,7 +79,7 @@ def test_recover_discards_an_artifact_whose_record_does_not_parse_and_spares_liv
     record.write_text('{"key": ')
     with pytest.raises(StoreError, match="unreadable record"):
         store.record("update", KEY)
-    mine = store.begin("j" * 64)
+    mine = store.begin(store.new_attempt("j" * 64))
     assert store.recover() == [KEY] and not store.has("update", KEY) and mine.exists()
 
 
