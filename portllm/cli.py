@@ -357,7 +357,10 @@ def _store(study: Study, file: Path, option: Path | None) -> Store:
     """`--store` or PORTLLM_STORE, else the study's, else ./portllm-store."""
     from portllm.store.store import Store
 
-    return Store(option or (file.parent / study.store if study.store else Path("portllm-store")))
+    chosen = option or (file.parent / study.store if study.store else Path("portllm-store"))
+    if ":/" in str(chosen):
+        raise SpecError(f"store {chosen}: a store is a directory; object storage is not supported yet")
+    return Store(chosen)
 
 
 def _require_pinned(planned: Plan, file: Path) -> None:

@@ -35,7 +35,8 @@ def _connect(address: str | None) -> bool:
         {"address": address}
         if address
         else {
-            "num_cpus": os.cpu_count(),
+            "address": "local",
+            "num_cpus": len(os.sched_getaffinity(0)),
             "object_store_memory": _OBJECT_STORE,
             "include_dashboard": False,
         }

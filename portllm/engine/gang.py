@@ -66,9 +66,8 @@ def _rank(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     where = get_context()
-    context = new_context(
-        Path(config["scratch"]), job.step.layout.threads, where.get_world_rank(), where.get_world_size()
-    )
+    layout, scratch = job.step.layout, Path(config["scratch"])
+    context = new_context(scratch, layout.threads, layout.gpus, where.get_world_rank(), where.get_world_size())
     context.layout = job.step.layout
     with open(config["log"], "a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)

@@ -19,6 +19,6 @@ def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
             f"{step.label} runs on {step.layout.workers} workers: use `portllm run`, or "
             f"-o resources.{step.stage}.workers=1"
         )
-    context = new_context(store.paths.scratch, step.layout.threads)
+    context = new_context(store.paths.scratch, step.layout.threads, step.layout.gpus)
     context.layout = step.layout
     return execute(job_for(step, plan, store), context)

@@ -34,7 +34,7 @@ class Report:
     executed: list[str] = field(default_factory=list)
     """Labels of the steps executed and published."""
     failed: dict[str, Failure] = field(default_factory=dict)
-    """By label."""
+    """By key."""
     blocked: list[str] = field(default_factory=list)
     evaluation_loads: int = 0
     """Times an evaluation loaded a model's weights."""
@@ -261,7 +261,7 @@ class Runner:
             self.store.fail(step.key, {"label": step.label, "decision": decision.value, **vars(failure)})
         self.progress.line(f"{step.label}: {failure.type}: {failure.message} ({decision.value}); log: {failure.log}")
         if decision is Decision.GIVE_UP:
-            self.report.failed[step.label] = failure
+            self.report.failed[step.key] = failure
             self.schedule.fail(step.key)
         else:
             self.schedule.retry(smaller(step) if decision is Decision.SMALLER else step)

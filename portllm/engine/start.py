@@ -64,9 +64,15 @@ def run_plan(
     try:
         with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
             signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which brings a handler of its own
-            runner = Runner(plan, store, budget, progress, _publisher(mirror, plan, store))
+            publish = _publisher(mirror, plan, store)
+            for step in plan.steps.values():
+                if store.has(
+                    step.stage, step.key
+                ):  # by an earlier run, which may have been killed before it told MLflow
+                    publish(step)
+            runner = Runner(plan, store, budget, progress, publish)
             report = runner.run()
-        shown = show()
+        shown = _shown(show)
         if mirror is not None:
             for path in shown:
                 mirror.artifact(path)
@@ -77,7 +83,7 @@ def run_plan(
     return {
         **vars(report),
         "steps_executed": len(report.executed),
-        "failed": {label: vars(failure) for label, failure in report.failed.items()},
+        "failed": {key: {"label": plan.steps[key].label, **vars(failure)} for key, failure in report.failed.items()},
     }
 
 
@@ -93,6 +99,15 @@ def _require_compiler(store: Store, plan: Plan) -> None:
             "no C++ compiler (g++ or clang++), which DeepSpeed needs at its first use: install one, for example "
             "`apt-get install g++`"
         )
+
+
+def _shown(show: Callable[[], list[Path]]) -> list[Path]:
+    """The files written; a full disk must not hide what the run did."""
+    try:
+        return show()
+    except OSError as error:
+        print(f"results and report were not written: {error}", file=sys.stderr)
+        return []
 
 
 def _op_is_built_in() -> bool:
@@ -142,8 +157,9 @@ def _say(plan: Plan, report: Any, shown: list[Path], quiet: bool) -> None:
         return
     text = f"{plan.name}: {len(report.executed)} steps in {report.wall_s:.0f} s"
     text += "".join(f"\n  {path}" for path in shown)
-    if report.failed:
+    failed = [(plan.steps[key].label, failure) for key, failure in report.failed.items()]
+    if failed:
         text += f"; {len(report.failed)} failed, {len(report.blocked)} wait for them:\n"
-        text += "\n".join(f"  {label}: {f.type}: {f.message}\n    log: {f.log}" for label, f in report.failed.items())
+        text += "\n".join(f"  {label}: {f.type}: {f.message}\n    log: {f.log}" for label, f in failed)
         text += "\nthe same command tries again"
     print(text, file=sys.stderr)

@@ -18,8 +18,8 @@ from portllm.engine.pool import Size
 class Worker:
     """Executes one step at a time."""
 
-    def __init__(self, scratch: str, threads: int) -> None:
-        self.context = new_context(Path(scratch), threads)
+    def __init__(self, scratch: str, threads: int, gpus: int) -> None:
+        self.context = new_context(Path(scratch), threads, gpus)
 
     def run(self, job: Job) -> Outcome:
         """Execute a step; never raises."""
@@ -31,27 +31,27 @@ class Worker:
         ray.actor.exit_actor()
 
 
-def new_context(scratch: Path, threads: int, rank: int = 0, world: int = 1) -> Any:
+def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: int = 1) -> Any:
     """A stage's surroundings in a fresh process."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    quiet_libraries()
+    quiet_libraries(gpus)
     import torch
 
     from portllm.work.context import RunContext
     from portllm.work.versions import Versions
 
     torch.set_num_threads(threads)
-    device = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
     return RunContext(scratch=scratch, versions=Versions(), rank=rank, world=world, device=device, log=lambda _: None)
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(gpus: int) -> None:
     """No progress bars or advice of other libraries in a worker's output; ninja is found beside the interpreter."""
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.environ.get("CUDA_VISIBLE_DEVICES") else "cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
 
 
 def start_worker(node: str, size: Size, scratch: Path) -> Any:
@@ -61,4 +61,4 @@ def start_worker(node: str, size: Size, scratch: Path) -> Any:
         "num_gpus": size.gpus,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-    return Worker.options(**options).remote(str(scratch), size.cpus)  # type: ignore[attr-defined]
+    return Worker.options(**options).remote(str(scratch), size.cpus, size.gpus)  # type: ignore[attr-defined]

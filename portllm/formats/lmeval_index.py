@@ -98,16 +98,17 @@ def _changes(group: str, what: str) -> str:
 def definition_digest(path: Path) -> str:
     """sha256 over a task's YAML, what it includes, the Python its `!function` names live in, and its local data."""
     digest = hashlib.sha256()
-    for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in _parts(path)}):
+    for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in definition_files(path)}):
         digest.update(f"{label}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _parts(path: Path) -> Iterator[Path]:
+def definition_files(path: Path) -> Iterator[Path]:
+    """Every file that says what a task is: YAML, includes, functions, local data."""
     config, functions = read_yaml(path)
     yield path
     for include in _list(config.get("include")):
-        yield from _parts(path.parent / include)
+        yield from definition_files(path.parent / include)
     for function in functions:
         yield from _modules(path.parent / (function.rpartition(".")[0].replace(".", "/") + ".py"), set())
     kwargs = config.get("dataset_kwargs")

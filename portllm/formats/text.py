@@ -55,17 +55,26 @@ def _parquet_rows(source: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _jsonl_rows(source: Path) -> Iterator[Mapping[str, Any]]:
-    with source.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                raise ResolveError(f"{source}:{number}: not JSON: {error}") from None
+    for number, line in enumerate(_lines(source), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            raise ResolveError(f"{source}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ResolveError(f"{source}:{number}: a line must be a JSON object")
+        yield row
 
 
 def _text_rows(source: Path) -> Iterator[Mapping[str, Any]]:
-    with source.open(encoding="utf-8") as lines:
-        yield from ({"text": line.rstrip("\n")} for line in lines)
+    return ({"text": line.rstrip("\n")} for line in _lines(source))
+
+
+def _lines(source: Path) -> Iterator[str]:
+    try:
+        with source.open(encoding="utf-8") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ResolveError(f"{source}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def render(row: Mapping[str, Any], text: Text) -> str:
@@ -76,6 +85,8 @@ def render(row: Mapping[str, Any], text: Text) -> str:
         document = row[text.text or "text"] or ""
     except (KeyError, IndexError) as error:
         raise ResolveError(f"the corpus has no column {error}; its columns: {', '.join(row)}") from None
+    except (AttributeError, ValueError, TypeError) as error:
+        raise ResolveError(f"the template cannot be filled: {error}") from None
     if not isinstance(document, str):
         raise ResolveError(f"column `{text.text}` of the corpus holds {type(document).__name__}, not text")
     return document

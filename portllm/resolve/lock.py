@@ -25,13 +25,13 @@ def read_lock(study_file: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        pins = json.loads(path.read_bytes())["pins"]
-    except (ValueError, KeyError, TypeError):
+        pins = {str(k): str(v) for k, v in json.loads(path.read_bytes())["pins"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ResolveError(f"{path}: not a lock; write it anew with `portllm lock`") from None
     bad = [k for k, v in pins.items() if not pinned(v)]
     if bad:
         raise ResolveError(f"{path}: {bad[0]}: not a full commit sha; write it anew with `portllm lock`")
-    return dict(pins)
+    return pins
 
 
 def hub_ids(study: Study, datasets: Mapping[str, str | None]) -> list[str]:
@@ -72,7 +72,7 @@ def write_lock(study_file: Path, ids: list[str]) -> Path:
     """Ask the hub for the commit of every id and write the lock; ResolveError offline, nothing written."""
     from portllm.store.store import write_json
 
-    pins = {name: _commit(name) for name in ids}
+    pins = read_lock(study_file) | {name: _commit(name) for name in ids}
     path = lock_path(study_file)
     write_json(path, {"pins": pins})
     return path

@@ -81,6 +81,8 @@ def version_facts(where: str, path: str, base: ModelFacts, sources: Sources) -> 
     directory = sources.directory(path, where)
     with about(where):
         facts = directory_facts(directory, sources)
+    if facts.tokenizer and base.tokenizer and facts.tokenizer.key != base.tokenizer.key:
+        raise ResolveError(f"{where}: its tokenizer differs from that of {base.tokenizer.path}: not a version of it")
     if base.root is not None:
         _require_same(where, directory, Path(base.root.path))
     return facts

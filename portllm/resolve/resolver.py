@@ -100,7 +100,10 @@ def _screened(
     """Corpora at hand without the documents that hold an evaluated prompt; the result is remembered by content."""
     evaluated = sorted((n, t.config, t.data.key if t.data else "") for n, t in tasks.items())
     result = {}
+    at_the_hub = any(task.data is None and task.dataset for task in tasks.values())
     for name, facts in corpora.items():
+        if at_the_hub:  # nothing to screen against yet: the corpus step does it, from the tasks' requests
+            facts = replace(facts, screened=False)
         if facts.screened:
             corpus = study.corpora[name]
             content = [facts.source.key if facts.source else "", corpus.model_dump(mode="json"), evaluated]

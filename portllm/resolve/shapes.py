@@ -29,6 +29,13 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
 
 def from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     """Shape of a gated-MLP decoder (Llama, Mistral, Gemma, Qwen2) from its configuration; None for other families."""
+    try:
+        return _from_config(config, storage)
+    except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+        raise ResolveError(f"a model's configuration gives no shape ({type(error).__name__}: {error})") from None
+
+
+def _from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     if config.get("model_type") not in _GATED or not {"hidden_size", "num_hidden_layers"} <= config.keys():
         return None
     hidden, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]

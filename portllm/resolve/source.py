@@ -23,7 +23,12 @@ class Sources:
 
     def path(self, text: str) -> Path:
         """A path as written in the study file, absolute."""
-        return (self.base / Path(text).expanduser()).resolve()
+        try:
+            path = (self.base / Path(text).expanduser()).resolve()
+            path.exists()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ResolveError(f"`{text[:80]}` is no path: {error}") from None
+        return path
 
     def file(self, text: str, field: str, mend: str = "") -> Path:
         """An existing file; ResolveError names the field."""

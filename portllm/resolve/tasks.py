@@ -10,7 +10,7 @@ from typing import Any
 
 from portllm.errors import ResolveError
 from portllm.formats import lmeval
-from portllm.formats.lmeval_index import merged_config
+from portllm.formats.lmeval_index import definition_files, merged_config
 from portllm.resolve.digests import cache_directory, write_cache
 from portllm.resolve.source import Sources
 from portllm.study.facts import Given, TaskFacts
@@ -21,7 +21,10 @@ from portllm.study.spec import Study, Task
 def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, str]) -> TaskFacts:
     """A task of the study; every refusal that its definition and data allow."""
     source = task_source(study, task, sources)
-    config = lmeval.definition_digest(lmeval.locate(task.task, source.definition))
+    where = lmeval.locate(task.task, source.definition)
+    for file in definition_files(where):
+        sources.note(file)
+    config = lmeval.definition_digest(where)
     facts = TaskFacts(definition=_definition(source, config), data=_data(source, sources), config=config)
     if facts.data is None and (dataset := _hub_dataset(source)):
         path = dataset.partition(":")[0]
@@ -75,6 +78,7 @@ def _definition(source: lmeval.TaskSource, config: str) -> Given | None:
 def _data(source: lmeval.TaskSource, sources: Sources) -> Given | None:
     if source.data is None:
         return None
+    sources.note(source.data)  # a file added later is news
     return sources.given("data", source.data, sorted(source.data.glob("*.parquet")))
 
 

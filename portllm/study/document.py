@@ -70,6 +70,8 @@ def parse(text: str, name: str) -> Document:
             data = _construct(loader, node, (), lines, name) if node is not None else {}
         finally:
             loader.dispose()
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{name}: a value that cannot be read: {str(error).splitlines()[0]}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -121,7 +123,7 @@ def _location(path: str, assignment: str) -> Location:
 def _value(text: str, assignment: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise SpecError(f"-o {assignment}: `{text}` is not a YAML value") from None
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
+from portllm.errors import SpecError
+
 STAGE_VERSIONS = {
     "base": 1,
     "corpus": 1,
@@ -30,7 +32,7 @@ def canonical(value: Any) -> Any:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} has no stable form for a key")
+            raise SpecError(f"{value} is not a number that a recipe can hold")
         return value
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: canonical(v) for f in fields(value) if not _is_default(f, v := getattr(value, f.name))}

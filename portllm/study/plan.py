@@ -76,9 +76,10 @@ class _Planner:
         self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task, mode: ApplyMode
     ) -> None:
         for arm in self.study.arms:
-            for source, patches, rank, seed in self._patches(lineage, arm, zero, version, task):
+            for source, patches, rank, seed in self._patches(lineage, update_seed, arm, zero, version, task):
                 model = self.study.lineages[lineage].model
-                label = f"{self._name(lineage, version)} {task.task} {arm}{_suffix(rank, seed)}"
+                label = f"{self._name(lineage, version, update_seed)} {task.task} {arm}{_suffix(rank, seed)}"
+                label += f" {mode}" if len(self.study.evaluate.apply) > 1 and patches else ""
                 step = self._evaluate(version, patches, task, mode, label, model)
                 facts = self.facts.tasks[task.task]
                 self.cells[
@@ -103,12 +104,20 @@ class _Planner:
                 ] = None
                 self._export(lineage, version, task, arm, rank, seed, patches)
 
-    def _name(self, lineage: str, version: Version) -> str:
+    def _name(self, lineage: str, version: Version, update_seed: int) -> str:
         """A version in labels; θ₀ belongs to the model, not to a lineage."""
-        return f"{lineage if version.t else self.study.lineages[lineage].model} t={version.t}"
+        if not version.t:
+            return f"{self.study.lineages[lineage].model} t=0"
+        several = len(self.study.lineages[lineage].seeds) > 1
+        return f"{lineage}{f' u{update_seed}' if several else ''} t={version.t}"
+
+    def _of(self, version: Version) -> str:
+        """A model in the labels of what its tokenizer made, where the study has several."""
+        model = next((name for name, zero in self.version_zero.items() if zero.tokenizer == version.tokenizer), "")
+        return f"{model} " if len(self.study.models) > 1 else ""
 
     def _patches(
-        self, lineage: str, arm: str, zero: Version, version: Version, task: Task
+        self, lineage: str, update_seed: int, arm: str, zero: Version, version: Version, task: Task
     ) -> Iterator[tuple[int | None, tuple[str, ...], int | None, int | None]]:
         """(source t, patch keys, rank, seed) of an arm at a version."""
         if arm == "none":
@@ -123,7 +132,7 @@ class _Planner:
         recipe = self._finetune_fields(lineage, task)
         for rank in recipe.rank:
             for seed in recipe.seeds:
-                key = self._finetune(lineage, source, task, recipe, rank, seed)
+                key = self._finetune(lineage, update_seed, source, task, recipe, rank, seed)
                 yield source.t, (key,), rank, seed
 
     def _given_patches(self, lineage: str, task: Task) -> Iterator[tuple[str, int]]:
@@ -175,6 +184,11 @@ class _Planner:
 
     def _init(self, init: Init, storage: r.Dtype) -> tuple[r.Base, dict[str, str]]:
         corpus, facts = self.study.corpora[init.corpus], self.facts.corpora[init.corpus]
+        if not facts.screened:
+            raise SpecError(
+                f"models.*.init.corpus: `{init.corpus}` cannot be screened against the evaluated documents before the "
+                "tokenizer exists: pretraining needs a corpus and task data that are at hand"
+            )
         recipe = r.Base(
             source="init",
             storage=storage,
@@ -213,7 +227,7 @@ class _Planner:
             "update",
             recipe,
             inputs,
-            f"update {lineage} t={t}{f' s{seed}' if seed else ''}",
+            "update " + self._name(lineage, replace(version, t=t), seed),
             _layout(self.study.resources.update),
             lineage=lineage,
             t=t,
@@ -242,7 +256,7 @@ class _Planner:
             for i, task in enumerate(self.study.tasks, 1):
                 inputs[f"screen{i}"] = self._requests(task, version, whole=True)
         recipe = r.Corpus(text_recipe(corpus, facts.format), facts.excluded)
-        return self._add("corpus", recipe, inputs, f"corpus {name}", corpus=name)
+        return self._add("corpus", recipe, inputs, f"corpus {self._of(version)}{name}", corpus=name)
 
     def _requests(self, task: Task, version: Version, whole: bool = False) -> str:
         """Evaluation requests; `whole` ignores limit and few-shot settings: every document, for screening."""
@@ -258,7 +272,13 @@ class _Planner:
             limit=None if whole else task.limit,
         )
         inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
-        return self._add("requests", recipe, inputs, f"requests {task.task}", task=task.task)
+        return self._add(
+            "requests",
+            recipe,
+            inputs,
+            f"requests {self._of(version)}{task.task}{' whole' if whole else ''}",
+            task=task.task,
+        )
 
     def _examples(self, task: Task, version: Version, examples: int | None) -> str:
         facts = self.facts.tasks[task.task]
@@ -275,6 +295,7 @@ class _Planner:
             dataset=facts.dataset,
             revision=facts.revision,
             examples=examples,
+            window=(version.facts.shape.max_positions or None) if version.facts and version.facts.shape else None,
         )
         inputs = {"tokenizer": version.tokenizer} | self._task_inputs(facts)
         twins = [
@@ -284,18 +305,23 @@ class _Planner:
         ]
         for i, twin in enumerate(twins, 1):
             inputs[f"screen{i}"] = self._requests(twin, version, whole=True)
-        return self._add("requests", recipe, inputs, f"examples {task.task}", task=task.task)
+        return self._add("requests", recipe, inputs, f"examples {self._of(version)}{task.task}", task=task.task)
 
     def _task_inputs(self, facts: TaskFacts) -> dict[str, str]:
         given = {"definition": facts.definition, "data": facts.data}
         return {role: self._give(value) for role, value in given.items() if value is not None}
 
     def _finetune_fields(self, lineage: str, task: Task) -> Finetune:
-        assert self.study.finetune is not None
+        if self.study.finetune is None:
+            raise SpecError(
+                f"lineage `{lineage}`, task `{task.task}`: no patch under patches fits its model: give finetune"
+            )
         model = self.study.models[self.study.lineages[lineage].model]
         return self.study.finetune.changed(model.finetune, task.finetune)
 
-    def _finetune(self, lineage: str, version: Version, task: Task, fields: Finetune, rank: int, seed: int) -> str:
+    def _finetune(
+        self, lineage: str, update_seed: int, version: Version, task: Task, fields: Finetune, rank: int, seed: int
+    ) -> str:
         self._check_rank(rank, version, task)
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
@@ -305,7 +331,7 @@ class _Planner:
             optimization=_optimization(fields, fields.learning_rate, seed),
         )
         inputs = version.inputs | {"examples": self._examples(task, version, fields.examples)}
-        label = f"finetune {self._name(lineage, version)} {task.task}{_suffix(rank, seed)}"
+        label = f"finetune {self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
         return self._add(
             "finetune",
             recipe,

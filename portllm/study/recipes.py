@@ -126,6 +126,8 @@ class Requests:
     """First documents only (evaluate)."""
     examples: int | None = None
     """At most so many training examples, drawn in a fixed random order (train)."""
+    window: int | None = None
+    """Longest example in tokens (train). None: what the tokenizer's directory says."""
     dataset: str | None = None
     """Hub data set when no role `data` is given: path, and after a colon the subset."""
     revision: str | None = None

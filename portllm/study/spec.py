@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,13 +16,28 @@ from portllm.study.recipes import Dtype, Schedule
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Arm = Literal["none", "port", "refit"]
 ApplyMode = Literal["merged", "adapter"]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=10**15, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _number(value: Any) -> Any:
+    """A number, and nothing that could be taken for one: neither `true` nor text."""
+    if isinstance(value, (bool, str)):
+        raise ValueError("input should be a number")
+    return value
+
+
+Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
+
+
+def _one_or_more(kind: Any) -> BeforeValidator:
+    """A value alone stands for a list of one."""
+    return BeforeValidator(_listed, json_schema_input_type=Union[kind, list[kind]])  # noqa: UP007
 
 
 class Strict(BaseModel):
@@ -41,8 +56,8 @@ class Training(Strict):
     schedule: Schedule = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of all optimizer steps."""
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Largest gradient norm."""
     dtype: Dtype = "float32"
     """Of compute and frozen weights; whatever trains has fp32 masters."""
@@ -67,7 +82,7 @@ class Init(Training):
 class FinetuneChange(Strict):
     """A model's or task's own fine-tuning fields, laid over the study's."""
 
-    rank: Annotated[list[Count], BeforeValidator(_listed)] | None = None
+    rank: Annotated[list[Count], _one_or_more(Count), Field(min_length=1)] | None = None
     alpha: Rate | None = None
     targets: str | list[str] | None = None
     examples: Count | None = None
@@ -77,8 +92,8 @@ class FinetuneChange(Strict):
     batch: Count | None = None
     schedule: Schedule | None = None
     warmup: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
-    clip: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
+    clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     dtype: Dtype | None = None
     seeds: list[Seed] | None = Field(None, min_length=1)
 
@@ -92,7 +107,7 @@ class FinetuneChange(Strict):
 class Finetune(Training):
     """How patches are made: LoRA on a task's own training examples."""
 
-    rank: Annotated[list[Count], BeforeValidator(_listed)] = [8]
+    rank: Annotated[list[Count], _one_or_more(Count), Field(min_length=1)] = [8]
     """One rank or several."""
     alpha: Rate | None = None
     """LoRA alpha; default 2 x rank."""
@@ -124,13 +139,13 @@ class Finetune(Training):
 class Model(Strict):
     """A base model θ₀: exactly one of path, hub, gguf and init."""
 
-    path: str | None = None
+    path: Text | None = None
     """Directory with config.json, tokenizer and safetensors."""
-    hub: str | None = None
+    hub: Text | None = None
     """Hugging Face id; needs a revision to run."""
     revision: str | None = None
     """Full commit sha."""
-    gguf: str | None = None
+    gguf: Text | None = None
     """GGUF file, dequantised once."""
     init: Init | None = None
     shape: str | None = None
@@ -150,14 +165,14 @@ class Model(Strict):
 class Corpus(Strict):
     """Text: exactly one of path, hub and generator; documents from a column or a template over columns."""
 
-    path: str | None = None
+    path: Text | None = None
     """A .parquet, .jsonl or .txt file (a text file's documents are its lines)."""
-    hub: str | None = None
+    hub: Text | None = None
     subset: str | None = None
     revision: str | None = None
     """Full commit sha."""
     split: str = "train"
-    generator: str | None = None
+    generator: Text | None = None
     documents: Count | None = None
     """How many documents the generator makes."""
     options: dict[str, Any] = {}
@@ -176,6 +191,8 @@ class Corpus(Strict):
             raise ValueError("give text or template, not both")
         if self.generator and not self.documents:
             raise ValueError("a generator needs documents")
+        if (self.model_fields_set & {"split", "subset", "revision"}) and not self.hub:
+            raise ValueError("split, subset and revision go with hub")
         if (self.documents or self.options) and not self.generator:
             raise ValueError("documents and options go with generator")
         if (self.hub or (self.path and not self.path.endswith(".txt"))) and not (self.text or self.template):
@@ -186,9 +203,9 @@ class Corpus(Strict):
 class Update(Strict):
     """One entry of a lineage: continued pretraining on a corpus, or a version that exists already."""
 
-    path: str | None = None
+    path: Text | None = None
     """A given version: model directory with the same tensor names and shapes."""
-    hub: str | None = None
+    hub: Text | None = None
     revision: str | None = None
     corpus: str | None = None
     method: Literal["lora", "full"] | None = None
@@ -207,8 +224,8 @@ class Update(Strict):
     """Packed sequences of a global batch."""
     schedule: Schedule = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     dtype: Dtype = "float32"
 
     @property
@@ -258,10 +275,18 @@ class Patch(Strict):
     """Model it was trained on; default: every model of the study."""
 
 
+NamedTask = Annotated[
+    Task, BeforeValidator(lambda v: {"task": v} if isinstance(v, str) else v, json_schema_input_type=str | Task)
+]
+NamedPatch = Annotated[
+    Patch, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | Patch)
+]
+
+
 class EvaluateSettings(Strict):
     """How cells are scored."""
 
-    apply: Annotated[list[ApplyMode], BeforeValidator(_listed), Field(min_length=1)] = ["merged"]
+    apply: Annotated[list[ApplyMode], _one_or_more(ApplyMode), Field(min_length=1)] = ["merged"]
     dtype: Dtype = "float32"
     score_tokens: Count = 2048
     """Token budget of a scoring batch. Part of the recipe: composition moves last bits."""
@@ -333,16 +358,8 @@ class Study(Strict):
     models: dict[Name, Model] = Field(min_length=1)
     corpora: dict[Name, Corpus] = {}
     lineages: dict[Name, Lineage] = Field(min_length=1)
-    tasks: Annotated[
-        list[Annotated[Task, BeforeValidator(lambda v: {"task": v} if isinstance(v, str) else v)]], Field(min_length=1)
-    ]
-    patches: dict[
-        str,
-        Annotated[
-            list[Annotated[Patch, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]],
-            BeforeValidator(_listed),
-        ],
-    ] = {}
+    tasks: Annotated[list[NamedTask], Field(min_length=1)]
+    patches: dict[str, Annotated[list[NamedPatch], _one_or_more(NamedPatch), Field(min_length=1)]] = {}
     """Adapters that exist already, by task; arm `port` uses them instead of training."""
     finetune: Finetune | None = None
     arms: list[Arm] = Field(["none", "port", "refit"], min_length=1)

@@ -48,8 +48,7 @@ def corpus(recipe: Corpus, inputs: Mapping[str, Path], out: Path, run: RunContex
 
 def screened(requests: Iterable[Path]) -> frozenset[str]:
     """Hashes of the folded prompts of evaluated documents, from outputs of `requests`."""
-    found = [np.load(path / "prompt_hashes.npy", allow_pickle=False) for path in requests]
-    return frozenset(hash.decode() for hashes in found for hash in hashes)
+    return frozenset(h for path in requests for h in json.loads((path / "prompts.json").read_bytes()))
 
 
 def without(numbered: Numbered, excluded: frozenset[int], prompts: frozenset[str], dropped: list[int]) -> Numbered:

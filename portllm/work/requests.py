@@ -161,7 +161,7 @@ def _write_examples(
     """
     available = len(lmeval.training_documents(task))
     screened = {lmeval.prompt_hash(prompt) for prompt in lmeval.folded_prompts(task)} | _screens(inputs)
-    longest = window(inputs["tokenizer"], encoder.tokenizer)
+    longest = recipe.window or window(inputs["tokenizer"], encoder.tokenizer)
     wanted = available if recipe.examples is None else recipe.examples
     dropped = {"dropped_leaks": 0, "dropped_long": 0}
     kept: list[tuple[int, list[int], int]] = []

@@ -169,3 +169,69 @@ def test_the_studies_that_ship_are_valid():
     for file in files:
         load(file.read_text(), str(file))
     assert STUDY
+
+
+def test_a_changed_task_definition_is_seen_and_makes_new_keys(copy):
+    before = keys(copy)
+    definition = copy.parent / "tasks" / "mood.yaml"
+    definition.write_text(definition.read_text().replace("positive or negative", "negative or positive"))
+    assert keys(copy) != before
+
+
+def test_training_data_added_later_are_seen(copy):
+    train = copy.parent / "data" / "mood" / "train.parquet"
+    saved = train.read_bytes()
+    train.unlink()
+    with pytest.raises(SpecError, match="no training documents"):
+        keys(copy)
+    train.write_bytes(saved)
+    assert keys(copy)
+
+
+def test_the_window_of_a_model_is_part_of_its_examples(copy):
+    config = copy.parent / "model" / "config.json"
+    before = make_plan(*open_study(copy)).steps
+    config.write_text(config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 48'))
+    after = make_plan(*open_study(copy)).steps
+    examples = [{k for k, s in steps.items() if s.label == "examples mood"} for steps in (before, after)]
+    assert examples[0].isdisjoint(examples[1])
+
+
+def test_a_version_with_another_tokenizer_is_refused(copy):
+    write_model(copy.parent / "v1", seed=1)
+    tokenizer = copy.parent / "v1" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"blue"', '"azure"'))
+    with pytest.raises(ResolveError, match="tokenizer differs"):
+        open_study(copy, ["lineages.soft.updates=[{path: v1}]"])
+
+
+def test_a_patch_for_another_model_needs_finetune(copy):
+    write_patch(copy.parent / "patch", copy.parent / "model")
+    text = copy.read_text().replace(
+        "finetune: {rank: 2, learning_rate: 1e-2, steps: 4, batch: 8}", "arms: [none, port]"
+    )
+    copy.write_text(text.replace("models: {m: {path: model}}", "models: {m: {path: model}, n: {path: model}}"))
+    with pytest.raises(SpecError, match="give finetune"):
+        keys(copy, "patches={mood: {path: patch, model: n}}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=2020-99-99",
+        "corpora.c={path: latin.txt}",
+        "corpora.c={path: list.jsonl, text: a}",
+        "corpora.c={path: data/mood/train.parquet, template: '{sentence.foo}'}",
+        "models.m.path=" + "x" * 5000,
+        "finetune.learning_rate=true",
+        "finetune.weight_decay=.inf",
+        "finetune.rank=[]",
+        "patches={mood: []}",
+        "lineages.soft.updates[0].tokens=" + "9" * 400,
+    ],
+)
+def test_hostile_values_are_one_clear_error(copy, override):
+    (copy.parent / "latin.txt").write_bytes("caf\xe9 \n".encode("latin-1"))
+    (copy.parent / "list.jsonl").write_text("[1]\n")
+    with pytest.raises((SpecError, ResolveError)):
+        keys(copy, override)

@@ -6,7 +6,9 @@ import jsonschema
 import pytest
 
 from portllm.errors import SpecError
-from portllm.study.spec import json_schema, load
+from portllm.study.document import parse
+from portllm.study.spec import json_schema
+from tests.conftest import ROOT
 from tests.study.worlds import TEXT, study
 
 
@@ -67,13 +69,10 @@ def test_given_patches_alone_need_no_finetune():
 
 
 def test_the_schema_accepts_what_the_loader_accepts():
-    import yaml
-
     schema = json.loads(json.dumps(json_schema()))
     assert schema["additionalProperties"] is False
     jsonschema.Draft202012Validator.check_schema(schema)
-    document = yaml.safe_load(TEXT.replace("1e-3", "0.001"))
-    document["tasks"] = [{"task": "easy"}]
-    document["finetune"]["rank"] = [8]
-    jsonschema.validate(document, schema)
-    load(TEXT, "s.yaml")
+    for file in sorted((ROOT / "jobs").glob("*.yaml")):
+        jsonschema.validate(parse(file.read_text(), file.name).data, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(parse(TEXT, "s.yaml").data | {"naem": "x"}, schema)

@@ -76,7 +76,7 @@ def test_excluded_rows_and_screened_prompts_are_dropped_and_counted(
 ) -> None:
     screen = tmp_path / "screen"
     screen.mkdir()
-    np.save(screen / "prompt_hashes.npy", np.array([lmeval.prompt_hash("the  bed was\nred .")], "S64"))
+    (screen / "prompts.json").write_text(json.dumps([lmeval.prompt_hash("the  bed was\nred .")]))
     inputs = {"tokenizer": tokenizer, "source": source, "screen1": screen}
     found = make(tmp_path / "out", Corpus(PARQUET, excluded=(0,)), **inputs)
     assert sorted(found) == [2, 3]
