@@ -203,11 +203,11 @@ def test_verify_finds_a_flipped_bit(finished, tmp_path):
     world, store, _ = finished
     shutil.copytree(store, tmp_path / "s")
     assert "intact" in portllm("verify", world, "--store", tmp_path / "s")
-    file = next((tmp_path / "s").glob("artifacts/finetune/*/adapter_model.safetensors"))
-    file.chmod(0o644)
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    for file in (tmp_path / "s").glob("artifacts/finetune/*/adapter_model.safetensors"):
+        file.chmod(0o644)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
     assert "adapter_model.safetensors" in portllm("verify", world, "--store", tmp_path / "s", code=1)
 
 

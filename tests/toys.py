@@ -73,7 +73,7 @@ def write_tasks(root: Path, names: tuple[str, ...] = ("mood", "tone"), train: in
                     "output_type": "multiple_choice",
                     "training_split": "train",
                     "validation_split": "validation",
-                    "doc_to_text": "{{sentence}} question : positive or negative ? answer :",
+                    "doc_to_text": f"{{{{sentence}}}} question : positive or negative {'? ' * (seed + 1)}answer :",
                     "doc_to_target": "label",
                     "doc_to_choice": ["bad", "good"],
                     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],

@@ -43,7 +43,7 @@ def _connect(address: str | None) -> bool:
     )
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="portllm", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, for a node that did not start in time
         where = f"at {address}" if address else "on this machine"
         raise EngineError(f"no Ray {where}: {str(error).splitlines()[0]}") from error
     return True
