@@ -183,12 +183,12 @@ def test_an_evaluated_document_planted_among_the_training_rows_is_dropped_and_co
     assert max(open_examples(path).doc_ids) < 48
 
 
-def test_documents_of_other_tasks_are_screened_by_their_requests(world, run, tmp_path):
+def test_documents_of_another_task_that_asks_alike_are_screened_by_its_requests(world, run, tmp_path):
     import pyarrow.parquet as pq
 
     other = pq.read_table(world / "data" / "tone" / "validation.parquet").to_pylist()[:2]
     data = planted(world, tmp_path / "data", other)
-    screen = made(run, tmp_path / "screen", inputs(world, "tone"), "tone")[0]
+    screen = made(run, tmp_path / "screen", inputs(world, "mood", world / "data" / "tone"), "mood")[0]
     given = inputs(world, "mood", data) | {"screen1": screen}
     assert made(run, tmp_path / "with", given, "mood", "train")[1]["dropped_leaks"] == 2
     assert made(run, tmp_path / "without", inputs(world, "mood", data), "mood", "train")[1]["dropped_leaks"] == 0
