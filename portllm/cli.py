@@ -42,6 +42,7 @@ StoreOption = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StepName = Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -179,7 +180,7 @@ def _run(asked: Study, planned: Plan, kept: Store, missing: list[Step], address:
 @app.command()
 def step(
     study: StudyFile,
-    which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    which: StepName,
     override: Overrides = None,
     store: StoreOption = None,
 ) -> None:
@@ -198,7 +199,7 @@ def step(
 @app.command()
 def explain(
     study: StudyFile,
-    which: Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")],
+    which: StepName,
     override: Overrides = None,
     store: StoreOption = None,
 ) -> None:

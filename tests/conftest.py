@@ -1,8 +1,11 @@
 """Shared fixtures: a cache of facts of its own for the test run, a tiny model on disk, the real data where they are."""
 
+import json
 from pathlib import Path
 
 import pytest
+
+from tests.toys import TWO_LINEAGES, portllm, write_world
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -26,3 +29,11 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real data (../shared/data) are not on this machine")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A toy study of two lineages after one undisturbed run: (study file, store, the run's report)."""
+    world = write_world(tmp_path_factory.mktemp("main") / "w", TWO_LINEAGES)
+    store = world.parent / "store"
+    return world, store, json.loads(portllm("run", world, "--store", store, "--yes", "--json"))

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_main_job import portllm
-from tests.toys import STUDY, write_world
+from tests.toys import STUDY, portllm, write_world
 
 SMALL = STUDY + "tracking: {enabled: false}\n"
 
@@ -52,34 +51,28 @@ def artifacts(store):
     }
 
 
-def test_a_diverging_training_fails_alone_and_names_its_log(world, tmp_path):
-    """A learning rate that overflows float32 gives a loss that is not a number: refused by the step, not published."""
+def test_a_dead_worker_is_replaced_and_a_diverging_training_fails_alone_and_names_its_log(world, tmp_path):
+    """One run with both. A learning rate that overflows float32 gives a loss that is not a number: not published."""
     store = tmp_path / "s"
     two = (
         "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks, finetune: {learning_rate: 1e30}}]"
     )
-    error = portllm("run", world, "--store", store, "--yes", "-o", two, code=1)
+    process = start("run", world, "--store", store, "--yes", "-o", two)
+    lines_until(process, "examples mood")  # trainings begin
+    os.kill(_wait_for_worker(process.pid), signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 1, error
     assert "StageError" in error and "log: " in error and "is nan" in error
-    log = error.split("log: ")[1].split()[0]
+    log = error.rsplit("log: ", 1)[1].split()[0]
     assert "is nan" in Path(log).read_text()
-    status = json.loads(portllm("status", world, "--store", store, "-o", two, "--json"))
-    states = {s["label"]: s["status"] for s in status}
+    failures = [json.loads(p.read_text()) for p in store.glob("failures/*/*.json")]
+    assert {f["type"] for f in failures} <= {"WorkerDied", "StageError"}
+    states = {
+        s["label"]: s["status"] for s in json.loads(portllm("status", world, "--store", store, "-o", two, "--json"))
+    }
     assert states["finetune m t=0 tone r2 s0"] == "failed" and states["evaluate m t=0 tone port r2 s0"] == "missing"
     assert all(state == "published" for label, state in states.items() if "mood" in label)
     assert states["evaluate m t=0 tone none"] == "published"
-
-
-def test_a_worker_that_dies_is_replaced_and_the_study_completes(world, tmp_path):
-    store = tmp_path / "s"
-    process = start("run", world, "--store", store, "--yes")
-    lines_until(process, "examples mood")  # trainings begin
-    victim = _wait_for_worker(process.pid)
-    os.kill(victim, signal.SIGKILL)
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
-    failures = [json.loads(p.read_text()) for p in store.glob("failures/*/*.json")]
-    assert {f["type"] for f in failures} <= {"WorkerDied"}
-    assert all(s["status"] == "published" for s in json.loads(portllm("status", world, "--store", store, "--json")))
 
 
 def _wait_for_worker(driver):
@@ -103,33 +96,28 @@ def _descends(pid, ancestor):
         return False
 
 
-def test_a_killed_driver_loses_nothing_and_the_rerun_equals_an_undisturbed_run(world, tmp_path):
-    store = tmp_path / "s"
-    process = start("run", world, "--store", store, "--yes")
-    seen = lines_until(process, random.choice(["corpus c", "requests mood", "finetune m"]))
-    time.sleep(random.random())
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = artifacts(store)
-    assert before and seen
-    report = json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
-    assert report["failed"] == {}
-    assert all(artifacts(store)[path] == content for path, content in before.items())
-    portllm("run", world, "--store", store, "--yes")  # sweeps what a worker left that outlived its driver for a moment
-    assert list((store / "attempts").iterdir()) == []
-    portllm("run", world, "--store", tmp_path / "undisturbed", "--yes")
-    ours, theirs = artifacts(store), artifacts(tmp_path / "undisturbed")
-    assert [p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p)] == []
-
-
-def test_an_interrupted_run_says_so_and_goes_on_later(world, tmp_path):
+def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(world, tmp_path, finished):
+    """Ctrl-C, then `kill -9`, then the same command: all it publishes is what an undisturbed run publishes."""
     store = tmp_path / "s"
     process = start("run", world, "--store", store, "--yes")
     lines_until(process, "corpus c")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in error
-    assert json.loads(portllm("run", world, "--store", store, "--yes", "--json"))["failed"] == {}
+    process = start("run", world, "--store", store, "--yes")
+    lines_until(process, random.choice(["requests mood", "examples mood", "finetune m"]))
+    time.sleep(random.random())
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = artifacts(store)
+    assert before
+    report = json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
+    assert report["failed"] == {}
+    assert all(artifacts(store)[path] == content for path, content in before.items())
+    portllm("run", world, "--store", store, "--yes")  # sweeps what a worker left that outlived its driver for a moment
+    assert list((store / "attempts").iterdir()) == []
+    ours, undisturbed = artifacts(store), artifacts(finished[1])
+    assert [path for path in ours if ours[path] != undisturbed.get(path)] == []
 
 
 def test_a_full_disk_fails_steps_and_the_same_command_continues(world, tmp_path):

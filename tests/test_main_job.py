@@ -1,50 +1,13 @@
 """The whole tool on a toy model: real Ray, DeepSpeed, PEFT, lm-eval and MLflow, through the command line."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.toys import STUDY, write_model, write_patch, write_world
-
-TWO_LINEAGES = STUDY.replace(
-    "tasks:",
-    """  hard:
-    model: m
-    updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]
-export: [{lineage: hard, t: 1, arm: port}]
-tasks:""",
-)
-
-
-def portllm(*arguments, code=0, **environment):
-    """Run a command; returns its standard output."""
-    found = subprocess.run(
-        [sys.executable, "-m", "portllm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=300,
-    )
-    assert found.returncode == code, f"exit code {found.returncode}\n{found.stdout[-3000:]}\n{found.stderr[-6000:]}"
-    return found.stdout if code == 0 else found.stderr
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("main") / "w", TWO_LINEAGES)
-
-
-@pytest.fixture(scope="module")
-def finished(world):
-    """The study after one run: (study file, store, the run's report)."""
-    store = world.parent / "store"
-    return world, store, json.loads(portllm("run", world, "--store", store, "--yes", "--json"))
+from tests.toys import STUDY, portllm, write_model, write_patch, write_world
 
 
 def record(store, stage):

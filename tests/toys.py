@@ -1,6 +1,9 @@
 """A toy world on disk in a second: a Llama of 20k parameters, two lm-eval tasks, a corpus, adapters by PEFT."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -121,6 +124,16 @@ finetune: {rank: 2, learning_rate: 1e-2, steps: 4, batch: 8}
 """
 
 
+TWO_LINEAGES = STUDY.replace(
+    "tasks:",
+    """  hard:
+    model: m
+    updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]
+export: [{lineage: hard, t: 1, arm: port}]
+tasks:""",
+)
+
+
 def write_world(root: Path, study: str = STUDY) -> Path:
     """Everything of a toy study below a directory; returns the study file."""
     root.mkdir(parents=True, exist_ok=True)
@@ -129,3 +142,16 @@ def write_world(root: Path, study: str = STUDY) -> Path:
     write_corpus(root / "corpus.txt")
     (root / "study.yaml").write_text(study)
     return root / "study.yaml"
+
+
+def portllm(*arguments, code=0, **environment):
+    """Run a command; returns its standard output, or its standard error where `code` is not 0."""
+    found = subprocess.run(
+        [sys.executable, "-m", "portllm", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    assert found.returncode == code, f"exit code {found.returncode}\n{found.stdout[-3000:]}\n{found.stderr[-6000:]}"
+    return found.stdout if code == 0 else found.stderr

@@ -21,7 +21,7 @@ def connected(address: str | None) -> Iterator[Budget]:
     """Connect (`address`, else RAY_ADDRESS, else a new local Ray), yield the cluster's budget, disconnect."""
     started = _connect(address or os.environ.get("RAY_ADDRESS") or None)
     try:
-        yield Budget(_nodes())
+        yield Budget(nodes())
     finally:
         if started:
             ray.shutdown()
@@ -49,7 +49,8 @@ def _connect(address: str | None) -> bool:
     return True
 
 
-def _nodes() -> dict[str, Size]:
+def nodes() -> dict[str, Size]:
+    """Node id to capacity of every node that is alive."""
     return {
         node["NodeID"]: Size(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
         for node in ray.nodes()

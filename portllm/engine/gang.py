@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,12 @@ import ray
 from portllm.engine.execute import Job, Outcome, attempted, stage_function
 from portllm.store.store import Store
 from portllm.work.context import Summary
+
+RAY_TRAIN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more for each training; the engine retries by itself
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # not 2: how late the end of a training is seen
+}
+"""Ray Train's settings, where the user's environment has none."""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -34,6 +41,8 @@ def run_gang(job: Job, scratch: str) -> Outcome:
 
 
 def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict[str, Any]:
+    for name, value in RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

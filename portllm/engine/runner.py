@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from portllm.engine.cluster import nodes
 from portllm.engine.execute import Outcome, job_for
 from portllm.engine.failures import DIED, Decision, Failure, decide
 from portllm.engine.gang import run_gang
@@ -22,7 +23,7 @@ from portllm.engine.pool import Budget, Size
 from portllm.engine.progress import Progress
 from portllm.engine.schedule import Schedule, VersionId, size_of
 from portllm.engine.workers import start_worker
-from portllm.errors import EngineError
+from portllm.errors import EngineError, SpecError
 from portllm.store.store import Store
 from portllm.study.steps import Plan, Step
 
@@ -99,7 +100,7 @@ class Runner:
     def _refuse_too_large(self, step: Step) -> None:
         if not self.budget.can_ever([size_of(step)] * step.layout.workers):
             held = ", ".join(f"{n.cpus} CPUs and {n.gpus} GPUs" for n in self.budget.nodes.values())
-            raise EngineError(
+            raise SpecError(
                 f"{step.label} asks for {step.layout.workers} x ({step.layout.threads} CPUs, {step.layout.gpus} GPUs), "
                 f"the cluster has nodes of {held}: lower resources.{step.stage} or join a larger cluster"
             )
@@ -200,7 +201,7 @@ class Runner:
 
     def _collect(self) -> None:
         if not self.running:
-            return
+            raise EngineError(f"{self.schedule.startable} steps are ready and no node is left that could run one")
         ended, _ = ray.wait(list(self.running), num_returns=1, timeout=0.5)
         for reference in ended:
             holder = self.running.pop(reference)
@@ -208,6 +209,8 @@ class Runner:
             assert step is not None
             outcome = self._outcome(reference, holder, step)
             self._release(holder, outcome)
+            if not outcome.pid:
+                self._look_again()
             self._account(step, holder, outcome)
 
     def _outcome(self, reference: Any, holder: Slot | Gang, step: Step) -> Outcome:
@@ -232,6 +235,12 @@ class Runner:
         holder.step = None
         if not outcome.pid:  # nobody was left to sign it
             self._retire(holder)
+
+    def _look_again(self) -> None:
+        """After a process died: its node may be gone, with the idle workers on it, and others may have joined."""
+        self.budget.nodes = nodes()
+        for slot in [s for s in self.slots if s.step is None and s.node not in self.budget.nodes]:
+            self._retire(slot)
 
     def _account(self, step: Step, holder: Slot | Gang, outcome: Outcome) -> None:
         if step.stage == "evaluate":

@@ -62,6 +62,11 @@ class Schedule:
         """Steps that wait for an input."""
         return sum(1 for key, count in self.missing.items() if count and key not in self.blocked)
 
+    @property
+    def startable(self) -> int:
+        """Steps that could start now."""
+        return len(self.ready) + sum(map(len, self.cells.values()))
+
     # --- what happened
 
     def start(self, step: Step) -> None:

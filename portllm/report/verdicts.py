@@ -272,4 +272,11 @@ def _decided(verdict: Verdict, p: float | None) -> Verdict:
     if verdict.t == 0 or not {"port", "refit"} & set(verdict.arms):
         return verdict if verdict.t == 0 else replace(verdict, why="no patch was evaluated here")
     decision, why = decide(verdict.regret, verdict.margin, p)
+    if decision == "port" and not (_above(verdict.lift) or _above(verdict.gain)):
+        why += ", but neither arm beats `none`: the patch does nothing here"
     return replace(verdict, adjusted_p=p, decision=decision, why=why)
+
+
+def _above(difference: Comparison | None) -> bool:
+    """Whether a difference is above 0 beyond its error; an arm that was not run cannot deny it."""
+    return difference is None or difference.low is None or difference.low > 0

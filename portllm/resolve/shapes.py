@@ -12,6 +12,8 @@ from portllm.study.recipes import Dtype
 SHIPPED = Path(__file__).parent / "shapes"
 """Configurations of the paper's four models, so that its grid plans offline."""
 
+_BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear modules of one block, in the order of `_from_config`."""
 _GATED = {"llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"}
 
 
@@ -24,7 +26,15 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
         if len(s) == 2 and name.endswith(".weight") and not any(word in name.lower() for word in outside)
     ]
     count = sum(_product(s) for s in shapes.values())
-    return _shape(count, tuple(linear), config, storage)
+    return _shape(count, tuple(linear), _modules(shapes), config, storage)
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Names a LoRA may target; none for a mixture of experts, whose names in memory differ from those on disk."""
+    if any("experts" in name for name in shapes):
+        return ()
+    parts = [name.split(".") for name, s in shapes.items() if len(s) == 2 and name.endswith(".weight")]
+    return tuple(sorted({"lm_head", *(p[-2] for p in parts)}))
 
 
 def from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
@@ -56,7 +66,8 @@ def _from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     norms = (4 if config["model_type"].startswith(("gemma2", "gemma3")) else 2) * hidden * layers + hidden
     norms += 2 * size * layers if config["model_type"] in ("gemma3_text", "qwen3") else 0  # of queries and keys
     biases = (query + 2 * value) * layers if config["model_type"] == "qwen2" else 0
-    return _shape(sum(a * b for a, b in linear) + embeddings + norms + biases, linear, config, storage)
+    count = sum(a * b for a, b in linear) + embeddings + norms + biases
+    return _shape(count, linear, tuple(sorted({"embed_tokens", "lm_head", *_BLOCK})), config, storage)
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -83,11 +94,18 @@ def _tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", default))
 
 
-def _shape(count: int, linear: tuple[tuple[int, int], ...], config: Mapping[str, Any], storage: Dtype) -> Shape:
+def _shape(
+    count: int,
+    linear: tuple[tuple[int, int], ...],
+    modules: tuple[str, ...],
+    config: Mapping[str, Any],
+    storage: Dtype,
+) -> Shape:
     text = config.get("text_config") or config
     return Shape(
         parameters=count,
         linear=linear,
+        modules=modules,
         layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
         hidden=int(text.get("hidden_size") or text.get("n_embd") or 0),
         vocabulary=int(text.get("vocab_size") or 0),

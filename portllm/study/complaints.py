@@ -28,7 +28,7 @@ def _is_noise(part: str) -> bool:
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for a word that is not known: the nearest, or all."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; known keys: {', '.join(sorted(known))}" if known else ""
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def _siblings(root: type[BaseModel], location: Location) -> list[str]:

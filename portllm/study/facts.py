@@ -25,6 +25,8 @@ class Shape:
     parameters: int
     linear: tuple[tuple[int, int], ...] = ()
     """(out, in) of every linear module that `all-linear` targets."""
+    modules: tuple[str, ...] = ()
+    """Last parts of the names a LoRA may target, sorted; empty where they are unknown."""
     layers: int = 0
     hidden: int = 0
     vocabulary: int = 0
@@ -155,12 +157,17 @@ def _pair(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
+def _shape(value: Mapping[str, Any]) -> Shape:
+    lists = {"linear": tuple((r, c) for r, c in value["linear"]), "modules": tuple(value["modules"])}
+    return Shape(**{**value, **lists})
+
+
 def _model(value: Mapping[str, Any]) -> ModelFacts:
     shape = value["shape"]
     return ModelFacts(
         root=_given(value["root"]),
         tokenizer=_given(value["tokenizer"]),
         source=_given(value["source"]),
-        shape=Shape(**{**shape, "linear": tuple((r, c) for r, c in shape["linear"])}) if shape else None,
+        shape=_shape(shape) if shape else None,
         storage=value["storage"],
     )

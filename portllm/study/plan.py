@@ -10,6 +10,7 @@ from typing import Any
 
 from portllm.errors import SpecError
 from portllm.study import recipes as r
+from portllm.study.complaints import did_you_mean
 from portllm.study.facts import Facts, Given, TaskFacts
 from portllm.study.keys import step_key
 from portllm.study.resources import Layout
@@ -19,10 +20,10 @@ from portllm.study.spec import (
     ExportChoice,
     Finetune,
     Init,
+    Optimizer,
     StageResources,
     Study,
     Task,
-    Training,
     Update,
 )
 from portllm.study.steps import Cell, Plan, Step, Version
@@ -211,7 +212,11 @@ class _Planner:
         if update.given:
             return self._given_version(lineage, i, update, version)
         assert update.corpus is not None and update.method is not None and update.tokens is not None
-        self._check_length(update.sequence_length, version, f"lineages.{lineage}.updates[{i}].sequence_length")
+        where = f"lineages.{lineage}.updates[{i}]"
+        self._check_length(update.sequence_length, version, f"{where}.sequence_length")
+        lora = _lora(update.rank, update.alpha, update.targets) if update.method == "lora" else None
+        if lora:
+            _check_lora(lora, version, where)
         start = position.get(update.corpus, 0)
         position[update.corpus] = start + update.tokens
         recipe = r.Update(
@@ -220,7 +225,7 @@ class _Planner:
             sequence_length=update.sequence_length,
             start=start,
             optimization=_optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
-            lora=_lora(update.rank, update.alpha, update.targets) if update.method == "lora" else None,
+            lora=lora,
         )
         inputs = version.inputs | {"corpus": self._corpus(update.corpus, version)}
         key = self._add(
@@ -322,10 +327,11 @@ class _Planner:
     def _finetune(
         self, lineage: str, update_seed: int, version: Version, task: Task, fields: Finetune, rank: int, seed: int
     ) -> str:
-        self._check_rank(rank, version, task)
+        lora = _lora(rank, fields.alpha, fields.targets)
+        _check_lora(lora, version, f"finetune (task {task.task})")
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
-            lora=_lora(rank, fields.alpha, fields.targets),
+            lora=lora,
             epochs=epochs,
             steps=fields.steps,
             optimization=_optimization(fields, fields.learning_rate, seed),
@@ -392,13 +398,17 @@ class _Planner:
         if shape and 0 < shape.max_positions < length:
             raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
 
-    def _check_rank(self, rank: int, version: Version, task: Task) -> None:
-        shape = version.facts.shape if version.facts else None
-        if shape and 0 < shape.hidden < rank:
-            raise SpecError(
-                f"finetune.rank: {rank} is larger than the model's width of {shape.hidden} "
-                f"(task {task.task}): such a patch is no longer low-rank"
-            )
+
+def _check_lora(lora: r.Lora, version: Version, where: str) -> None:
+    """What a shape tells: a rank that is no longer low, a target that matches no module."""
+    shape = version.facts.shape if version.facts else None
+    if shape and 0 < shape.hidden < lora.rank:
+        raise SpecError(
+            f"{where}: rank {lora.rank} is larger than the model's width of {shape.hidden}: no longer low-rank"
+        )
+    for target in () if isinstance(lora.targets, str) or not shape or not shape.modules else lora.targets:
+        if target.rsplit(".", 1)[-1] not in shape.modules:
+            raise SpecError(f"{where}: LoRA target `{target}` matches no module{did_you_mean(target, shape.modules)}")
 
 
 def _suffix(rank: int | None, seed: int | None) -> str:
@@ -426,7 +436,7 @@ def text_recipe(corpus: Corpus, format: r.Format | None) -> r.Text:
     )
 
 
-def _optimization(fields: Training | Update, learning_rate: float, seed: int) -> r.Optimization:
+def _optimization(fields: Optimizer, learning_rate: float, seed: int) -> r.Optimization:
     return r.Optimization(
         learning_rate=learning_rate,
         batch=fields.batch,

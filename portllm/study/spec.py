@@ -3,6 +3,7 @@
 `load(text, name, overrides)` is the way in. Paths stay as written: `resolve` takes them relative to the study file.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union
 
@@ -18,6 +19,8 @@ Arm = Literal["none", "port", "refit"]
 ApplyMode = Literal["merged", "adapter"]
 Count = Annotated[int, Field(ge=1, le=10**15, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
+Length = Annotated[int, Field(ge=2, le=10**9, strict=True)]
+"""Tokens of a packed sequence: every token but the first is predicted."""
 
 
 def _number(value: Any) -> Any:
@@ -29,6 +32,24 @@ def _number(value: Any) -> Any:
 
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _targets(value: Any) -> Any:
+    """PEFT takes a text for a pattern of whole module names: a bare word matches nothing."""
+    if value == [] or value == "":
+        raise ValueError("give all-linear, or a list of module names")
+    if isinstance(value, str) and value != "all-linear":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if re.fullmatch(r"\w+", value):
+            raise ValueError(f"a text is a pattern of whole module names; write [{value}]")
+    return value
+
+
+Targets = Annotated[str | list[Text], BeforeValidator(_targets, json_schema_input_type=str | list[str])]
+"""`all-linear`, module names (the last part is enough), or a regular expression of whole names."""
 
 
 def _listed(value: Any) -> Any:
@@ -46,11 +67,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Training(Strict):
+class Optimizer(Strict):
     """Optimizer fields that every training shares."""
 
-    learning_rate: Rate
-    """Peak learning rate."""
     batch: Count = 16
     """Global batch: packed sequences (updates, pretraining) or examples (fine-tuning)."""
     schedule: Schedule = "cosine"
@@ -61,6 +80,13 @@ class Training(Strict):
     """Largest gradient norm."""
     dtype: Dtype = "float32"
     """Of compute and frozen weights; whatever trains has fp32 masters."""
+
+
+class Training(Optimizer):
+    """A training that names its learning rate."""
+
+    learning_rate: Rate
+    """Peak learning rate."""
 
 
 class Init(Training):
@@ -75,8 +101,13 @@ class Init(Training):
     corpus: str
     tokens: Count
     """Tokens of pretraining."""
-    sequence_length: Count = 128
+    sequence_length: Length = 128
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _fills_a_sequence(self) -> "Init":
+        _fills(self.tokens, self.sequence_length)
+        return self
 
 
 class FinetuneChange(Strict):
@@ -84,7 +115,7 @@ class FinetuneChange(Strict):
 
     rank: Annotated[list[Count], _one_or_more(Count), Field(min_length=1)] | None = None
     alpha: Rate | None = None
-    targets: str | list[str] | None = None
+    targets: Targets | None = None
     examples: Count | None = None
     epochs: Rate | None = None
     steps: Count | None = None
@@ -111,7 +142,7 @@ class Finetune(Training):
     """One rank or several."""
     alpha: Rate | None = None
     """LoRA alpha; default 2 x rank."""
-    targets: str | list[str] = "all-linear"
+    targets: Targets = "all-linear"
     examples: Count | None = None
     """At most so many training examples; the number used is recorded."""
     epochs: Rate | None = None
@@ -200,7 +231,7 @@ class Corpus(Strict):
         return self
 
 
-class Update(Strict):
+class Update(Optimizer):
     """One entry of a lineage: continued pretraining on a corpus, or a version that exists already."""
 
     path: Text | None = None
@@ -212,21 +243,14 @@ class Update(Strict):
     rank: Count = 64
     alpha: Rate | None = None
     """LoRA alpha; default 2 x rank."""
-    targets: str | list[str] = "all-linear"
+    targets: Targets = "all-linear"
     tokens: Count | None = None
     """Tokens of each step."""
     steps: Count = 1
     """Chained updates on consecutive slices."""
-    sequence_length: Count = 256
+    sequence_length: Length = 256
     learning_rate: Rate | None = None
     """Peak; default 2e-4 for lora, 2e-5 for full."""
-    batch: Count = 16
-    """Packed sequences of a global batch."""
-    schedule: Schedule = "cosine"
-    warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
-    dtype: Dtype = "float32"
 
     @property
     def given(self) -> bool:
@@ -242,6 +266,8 @@ class Update(Strict):
                 raise ValueError(f"a given version takes no {', '.join(extra)}")
         elif missing := [f for f in ("method", "tokens") if getattr(self, f) is None]:
             raise ValueError(f"an update needs {' and '.join(missing)}")
+        elif self.tokens is not None:
+            _fills(self.tokens, self.sequence_length)
         return self
 
 
@@ -302,6 +328,12 @@ class StageResources(Strict):
     micro_batch: Count | None = None
     gradient_checkpointing: bool = False
     offload: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "StageResources":
+        if self.offload and self.zero == 0:
+            raise ValueError("offload needs a ZeRO stage of at least 1: set zero: 1, or leave zero out")
+        return self
 
 
 class Resources(Strict):
@@ -368,6 +400,11 @@ class Study(Strict):
     tracking: Tracking = Tracking()
     export: list[ExportChoice] = []
     report: ReportSettings = ReportSettings()
+
+
+def _fills(tokens: int, sequence_length: int) -> None:
+    if tokens < sequence_length:
+        raise ValueError(f"{tokens:,} tokens do not fill one sequence of {sequence_length} (sequence_length)")
 
 
 def _exactly_one(value: BaseModel, *names: str) -> None:

@@ -48,6 +48,15 @@ def test_the_cost_of_a_refit_is_the_time_of_its_training(found: dict[Any, Verdic
     assert found["full", 1, "easy"].refit_device_s == pytest.approx(10.5)
 
 
+def test_a_port_that_does_nothing_says_so(made_up: MadeUp) -> None:
+    flat = [r | {"key": n["key"], "value": n["value"]} for r in made_up.rows for n in made_up.rows
+            if n["arm"] == "none" and all(n[k] == r[k] for k in ("lineage", "t", "task", "update_seed"))]  # fmt: skip
+    later = [v for v in verdicts(flat, made_up.items) if v.t]
+    assert later
+    assert {v.decision for v in later} == {"port"}
+    assert all("neither arm beats `none`" in v.why for v in later)
+
+
 def test_an_arm_that_was_not_run_leaves_its_comparisons_empty(made_up: MadeUp) -> None:
     for verdict in verdicts([r for r in made_up.rows if r["arm"] != "refit"], made_up.items):
         assert verdict.regret is None

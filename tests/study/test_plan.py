@@ -48,7 +48,7 @@ def test_a_lora_update_is_a_delta_and_a_full_one_a_new_root():
     assert sorted(last["update soft t=2"].inputs) == ["corpus", "delta1", "root"]
     assert sorted(last["update hard t=2"].inputs) == ["corpus", "root"]
     assert last["update hard t=2"].inputs["root"] == last["update hard t=1"].key
-    assert [last[f"update soft t={t}"].recipe.start for t in (1, 2)] == [0, 100]
+    assert [last[f"update soft t={t}"].recipe.start for t in (1, 2)] == [0, 1000]
 
 
 def test_adding_a_task_adds_only_its_own_steps():
@@ -95,13 +95,13 @@ def test_a_recipe_changes_its_own_stage_and_what_follows(override, stages):
 
 def test_given_versions_and_patches_train_nothing():
     text = (
-        TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 100, steps: 2}", "{path: v1}")
+        TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 1000, steps: 2}", "{path: v1}")
         .replace(
             "finetune: {rank: 8, learning_rate: 1e-3, examples: 10, seeds: [1, 2]}",
             "patches: {easy: p}\narms: [none, port]",
         )
         .replace("tasks: [easy, hard]", "tasks: [easy]")
-        .replace("  hard: {model: m, updates: [{corpus: c, method: full, tokens: 100, steps: 2}]}\n", "")
+        .replace("  hard: {model: m, updates: [{corpus: c, method: full, tokens: 1000, steps: 2}]}\n", "")
     )
     asked, known = study(text), facts(("easy",))
     version = type(known.models["m"])(given("model", "v1"), given("tokenizer", "m"))
@@ -132,7 +132,9 @@ def test_excluded_documents_are_part_of_the_corpus():
     "override, message",
     [
         ("finetune.rank=32", "larger than the model's width of 16"),
-        ("lineages.soft.updates[0].sequence_length=1024", "reads at most 512"),
+        ("lineages.soft.updates[0].sequence_length=1000", "reads at most 512"),
+        ("lineages.soft.updates[0].rank=32", r"updates\[0\]: rank 32 is larger than the model's width of 16"),
+        ("finetune.targets=[q_proj, w_prj]", r"finetune \(task easy\): LoRA target `w_prj` matches no module; did you"),
     ],
 )
 def test_what_the_shape_forbids_is_refused(override, message):

@@ -10,8 +10,8 @@ name: world
 models: {m: {path: model}}
 corpora: {c: {path: c.parquet, text: text}}
 lineages:
-  soft: {model: m, updates: [{corpus: c, method: lora, rank: 4, tokens: 100, steps: 2}]}
-  hard: {model: m, updates: [{corpus: c, method: full, tokens: 100, steps: 2}]}
+  soft: {model: m, updates: [{corpus: c, method: lora, rank: 4, tokens: 1000, steps: 2}]}
+  hard: {model: m, updates: [{corpus: c, method: full, tokens: 1000, steps: 2}]}
 tasks: [easy, hard]
 finetune: {rank: 8, learning_rate: 1e-3, examples: 10, seeds: [1, 2]}
 """
@@ -22,7 +22,8 @@ def given(what: str, name: str) -> Given:
 
 
 def facts(names: tuple[str, ...] = ("easy", "hard"), **changes: object) -> Facts:
-    shape = Shape(parameters=1000, linear=((8, 8),) * 4, layers=2, hidden=16, vocabulary=32, max_positions=512)
+    sizes = {"parameters": 1000, "linear": ((8, 8),) * 4, "layers": 2, "hidden": 16, "vocabulary": 32}
+    shape = Shape(**sizes, modules=("k_proj", "q_proj", "w_proj"), max_positions=512)
     values = {
         "lm_eval": "0.4.13",
         "models": {"m": ModelFacts(given("model", "m"), given("tokenizer", "m"), shape=shape)},
