@@ -402,12 +402,14 @@ class _Planner:
 def _check_lora(lora: r.Lora, version: Version, where: str) -> None:
     """What a shape tells: a rank that is no longer low, a target that matches no module."""
     shape = version.facts.shape if version.facts else None
-    if shape and 0 < shape.hidden < lora.rank:
+    if shape is None:
+        return
+    if 0 < shape.hidden < lora.rank:
         raise SpecError(
             f"{where}: rank {lora.rank} is larger than the model's width of {shape.hidden}: no longer low-rank"
         )
-    for target in () if isinstance(lora.targets, str) or not shape or not shape.modules else lora.targets:
-        if target.rsplit(".", 1)[-1] not in shape.modules:
+    for target in () if isinstance(lora.targets, str) else lora.targets:
+        if shape.modules and target.rsplit(".", 1)[-1] not in shape.modules:
             raise SpecError(f"{where}: LoRA target `{target}` matches no module{did_you_mean(target, shape.modules)}")
 
 
