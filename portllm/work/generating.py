@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import Head, body, max_length
+from portllm.work.scoring import max_length
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""

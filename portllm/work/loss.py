@@ -1,4 +1,4 @@
-"""Summed token cross-entropy that never holds all logits: the head runs in blocks of rows, only where a target is.
+"""Summed token cross-entropy that never holds all logits: the head runs only where a target is.
 
 Shape suffixes: B sequences, T tokens, N positions with a target, H hidden, V vocabulary.
 """
@@ -7,48 +7,76 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from portllm.errors import StageError
+from portllm.work.head import Head, body
 
 BLOCK_LOGITS = 2**25
-"""Logits alive at once, at most: 128 MB in fp32. With 262k tokens that is 128 rows, with 32k 1,024."""
+"""Logits alive at once where the head must be called as a module: 128 MB in fp32."""
 
 
 class SummedLoss(nn.Module):
     """Sum of −log p(target) over all targets, as ONE module: ZeRO-3 gathers weights in a module's forward."""
 
     def __init__(self, model: Any) -> None:
+        """Raises StageError for an architecture whose logits are more than head(body(x))."""
         super().__init__()
         self.model = model
+        self.head = Head(model)
 
     def forward(self, ids_BT: Tensor, rows_N: Tensor, targets_N: Tensor, blocks: int) -> Tensor:
         """Σ −log p(target), an fp32 scalar; 0 without targets, with a graph that still reaches the weights.
 
         `blocks` is the same on every rank, whatever its number of rows: ZeRO-3 gathers the head once per block.
         """
-        hidden_NH = hidden(self.model, ids_BT)[rows_N]
+        hidden_NH = body(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)[rows_N]
+        if (parameters := self.head.parameters) is not None:
+            return LinearLoss.apply(hidden_NH, *parameters, targets_N, self.head)
         if blocks == 1:
             return self.block(hidden_NH, targets_N)
         parts = zip(hidden_NH.tensor_split(blocks), targets_N.tensor_split(blocks), strict=True)
         return torch.stack([checkpoint(self.block, h, t, use_reentrant=False) for h, t in parts]).sum()
 
     def block(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-        return cross_entropy(head(self.model, hidden_NH), targets_N, reduction="sum")
+        return cross_entropy(self.head.whole(hidden_NH), targets_N, reduction="sum")
 
 
-def hidden(model: Any, ids_BT: Tensor) -> Tensor:
-    """The body's last hidden states, [B·T, H]."""
-    body = getattr(model, model.base_model_prefix)
-    return body(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+class LinearLoss(torch.autograd.Function):
+    """The loss through a linear head whose weights are at hand.
 
+    The gradients are made in the forward pass, while a block of the vocabulary is in the cache: no logits are kept and
+    the weight's gradient is made once, in place (through autograd and checkpoints, once for every block of rows).
+    """
 
-def head(model: Any, hidden_NH: Tensor) -> Tensor:
-    """Logits in fp32, [N, V]."""
-    logits_NV = model.get_output_embeddings()(hidden_NH).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head
+    ) -> Tensor:
+        sums: list[Tensor | None] = [
+            torch.zeros_like(x, dtype=torch.float32) if wanted and x is not None else None
+            for x, wanted in zip((hidden_NH, weight_VH, bias_V), ctx.needs_input_grad, strict=False)
+        ]
+        of_hidden, of_weight, of_bias = sums
+        loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        for here, log_P, first, slope_PV in head.slopes(hidden_NH, targets_N):
+            loss -= log_P.sum(dtype=torch.float64)
+            block, slope = slice(first, first + slope_PV.shape[1]), slope_PV.to(weight_VH.dtype)
+            if of_hidden is not None:
+                of_hidden[here] += slope @ weight_VH[block]
+            if of_weight is not None:
+                of_weight[block] += slope.T @ hidden_NH[here]
+            if of_bias is not None:
+                of_bias[block] += slope_PV.sum(dim=0)
+        owners = (hidden_NH, weight_VH, bias_V)
+        ctx.gradients = [s if x is None or s is None else s.to(x.dtype) for s, x in zip(sums, owners, strict=True)]
+        return loss.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(g if g is None else g.mul_(scale) for g in ctx.gradients), None, None)
 
 
 def vocabulary(model: Any) -> int:
@@ -56,17 +84,8 @@ def vocabulary(model: Any) -> int:
 
 
 def head_blocks(model: Any, rows: int) -> int:
-    """Blocks in which the head takes `rows` positions."""
+    """Blocks in which a head that is called as a module takes `rows` positions."""
     return max(1, -(-rows * vocabulary(model) // BLOCK_LOGITS))
-
-
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Refuses an architecture whose logits are not made as `head` makes them (a scale or bias it does not know)."""
-    ids_BT = torch.arange(8, device=next(model.parameters()).device).remainder(vocabulary(model))[None]
-    ours_NV, theirs_NV = head(model, hidden(model, ids_BT)), model(input_ids=ids_BT).logits[0].float()
-    if not torch.allclose(ours_NV, theirs_NV, rtol=0, atol=0.02 * float(theirs_NV.abs().max())):
-        raise StageError(f"model type `{model.config.model_type}` makes its logits in a way this loss does not know")
 
 
 def silence_dropout(model: Any) -> None:

@@ -29,7 +29,7 @@ from portllm.study.recipes import Optimization
 from portllm.work.batches import Arrays, Batch, Sequences, collate, micro_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.deepspeed_config import Trains, deepspeed_config
-from portllm.work.loss import SummedLoss, check_head, head_blocks, silence_dropout
+from portllm.work.loss import SummedLoss, head_blocks, silence_dropout
 
 
 def train(
@@ -51,7 +51,6 @@ def train(
     prepare(run, optimization.seed)
     model.train()
     silence_dropout(model)
-    check_head(model)
     if run.layout.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(SummedLoss(model), config, optimization, run)

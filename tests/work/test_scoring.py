@@ -9,10 +9,11 @@ import torch
 import transformers
 
 from portllm.errors import StageError
-from portllm.work import scoring
+from portllm.work import head
 from portllm.work.generating import generate
+from portllm.work.head import Head
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import Head, batches, loglikelihoods, plan_rows
+from portllm.work.scoring import batches, loglikelihoods, plan_rows
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -135,8 +136,8 @@ def test_a_batch_stays_within_the_budget_and_never_is_empty():
 def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):
     model, pairs = tiny("gemma2"), drawn(10)
     whole = loglikelihoods(model, request_set(pairs), 256)
-    monkeypatch.setattr(scoring, "VOCABULARY", 10)
-    monkeypatch.setattr(scoring, "POSITIONS", 3)
+    monkeypatch.setattr(head, "VOCABULARY", 10)
+    monkeypatch.setattr(head, "POSITIONS", 3)
     blocks = loglikelihoods(model, request_set(pairs), 256)
     np.testing.assert_allclose(blocks.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
     assert blocks.greedy.tolist() == whole.greedy.tolist()

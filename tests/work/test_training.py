@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from portllm.errors import StageError
 from portllm.study.resources import Layout
+from portllm.work import head
 from portllm.work import loss as losses_of
 from portllm.work.batches import collate, finetune_batches, micro_batches, packed, update_batches
-from portllm.work.loss import SummedLoss, check_head
+from portllm.work.loss import SummedLoss
 from portllm.work.training import learning_rate
 from tests.work import toy_training as toy
 
@@ -82,21 +84,53 @@ def test_schedules_warm_up_and_end_as_named() -> None:
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
-def test_the_loss_in_blocks_of_rows_has_the_whole_one_s_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_in_blocks_has_cross_entropy_s_value_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, cap: float | None, bias: bool
+) -> None:
     model = toy.model()
-    model.config.final_logit_softcapping = 2.0
+    if bias:
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, len(model.lm_head.weight)))
+    arrays = collate(toy.data(), list(range(12)))
+    ids, rows, targets = [torch.from_numpy(a) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N)]
+
+    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        (3 * value).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    loss = SummedLoss(model)
+    loss.head._cap = cap
+    logits = model.lm_head(model.model(input_ids=ids).last_hidden_state.flatten(0, 1)[rows])
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    whole = cross_entropy(logits, targets, reduction="sum")
+    monkeypatch.setattr(head, "VOCABULARY", 7)
+    monkeypatch.setattr(head, "POSITIONS", 5)
+    blocks = loss(ids, rows, targets, 1)
+    assert blocks.item() == pytest.approx(whole.item(), rel=1e-6)
+    torch.testing.assert_close(gradients(blocks), gradients(whole), rtol=1e-4, atol=1e-5)
+    assert loss(ids, rows[:0], targets[:0], 1).item() == 0
+
+
+def test_a_head_that_must_be_called_has_the_same_loss_in_any_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ZeRO-3, where a weight is whole only while its module runs."""
+    model = toy.model()
+    loss = SummedLoss(model)
+    loss.head._cap = 2.0
     arrays = collate(toy.data(), list(range(12)))
     tensors = [torch.from_numpy(a) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N)]
-
-    def run(blocks: int) -> tuple[float, torch.Tensor]:
+    expected = loss(*tensors, 1).item()
+    model.lm_head.weight.ds_id = 0
+    assert loss.head.parameters is None
+    found = []
+    for blocks in (1, 5):
         model.zero_grad()
-        value = SummedLoss(model)(*tensors, blocks)
+        value = loss(*tensors, blocks)
         value.backward()
-        return value.item(), model.model.embed_tokens.weight.grad.clone()
-
-    (whole, gradient), (parts, parts_gradient) = run(1), run(5)
-    assert parts == pytest.approx(whole, rel=1e-6)
-    torch.testing.assert_close(parts_gradient, gradient)
+        assert value.item() == pytest.approx(expected, rel=1e-6)
+        found.append(model.model.embed_tokens.weight.grad.clone())
+    torch.testing.assert_close(*found)
     monkeypatch.setattr(losses_of, "BLOCK_LOGITS", 1200)
     assert losses_of.head_blocks(model, 25) == 3
 
@@ -104,11 +138,10 @@ def test_the_loss_in_blocks_of_rows_has_the_whole_one_s_value_and_gradient(monke
 def test_an_architecture_that_scales_its_logits_is_refused() -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    check_head(toy.model())
     config = GraniteConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                            num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0)  # fmt: skip
-    with pytest.raises(StageError, match="granite"):
-        check_head(GraniteForCausalLM(config))
+    with pytest.raises(StageError, match="GraniteForCausalLM changes its logits"):
+        SummedLoss(GraniteForCausalLM(config))
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop

@@ -1,0 +1,154 @@
+"""A model's head: from hidden states to log p, one block of the vocabulary at a time, never all logits at once.
+
+Shape suffixes: B rows, S positions, D hidden size, P scored positions, V a block of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from portllm.errors import StageError
+
+POSITIONS = 512
+"""Positions per product with the head: 256-512 ran fastest on a CPU."""
+VOCABULARY = 2048
+"""Tokens per block of the vocabulary: the fastest of 2k to 16k at 32k and 262k entries (1.1 to 1.4 times the product
+and log-softmax of all logits at once, whose allocation is what costs)."""
+
+
+def body(model: Any) -> Any:
+    """The model without its head."""
+    return getattr(model, model.base_model_prefix)
+
+
+_checked: WeakSet[Any] = WeakSet()
+"""Models whose logits were found to be what `Head` makes."""
+
+
+class Head:
+    """The output embedding with its soft-cap: logits of hidden states, one block of the vocabulary at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._module = model.get_output_embeddings()
+        if self._module is None or not hasattr(model, model.base_model_prefix or " "):
+            raise StageError(f"{type(model).__name__} is not a body and a head: its logits cannot be made")
+        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        # Any other module (a LoRA layer in adapter mode) is called for the whole vocabulary.
+        self._plain = type(self._module) is torch.nn.Linear
+        self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        if model not in _checked:
+            self._check(model)
+            _checked.add(model)
+
+    def _check(self, model: Any) -> None:
+        """One short forward pass: head(body(x)) is what the model itself returns, or the model is refused."""
+        ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+        with torch.no_grad():  # no inference mode: a training writes to the same buffers later
+            own = model(input_ids=ids, use_cache=False).logits[0].float()
+            ours = self.logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+        tolerance = 1e-3 if next(self._module.parameters()).dtype == torch.float32 else 0.05
+        scale = own.abs().max().clamp(min=1.0)
+        if own.shape != ours.shape or (own - ours).abs().max() > tolerance * scale:
+            raise StageError(f"{type(model).__name__} changes its logits after the head (a scale, say): neither scores "
+                             f"nor losses of it would be exact")  # fmt: skip
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """(weight, bias); None where only calling the module tells the logits: a LoRA layer, or ZeRO-3's parts."""
+        at_hand = self._plain and not hasattr(self._module.weight, "ds_id")
+        return (self._module.weight, self._module.bias) if at_hand else None
+
+    def whole(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """fp32 logits over the whole vocabulary by calling the module: gradients flow through it."""
+        logits_PV = self._module(hidden_PD).float()
+        return logits_PV if self._cap is None else self._cap * torch.tanh(logits_PV / self._cap)
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """fp32 logits over the whole vocabulary: for few positions only."""
+        return torch.cat([logits_PV.clone() for _, logits_PV in self._blocks(hidden_PD)], dim=1)
+
+    def best(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """The most likely token per position, the first of equals: int64 [P]."""
+        top_P = hidden_PD.new_full((len(hidden_PD),), -torch.inf, dtype=torch.float32)
+        best_P = torch.zeros(len(hidden_PD), dtype=torch.int64, device=hidden_PD.device)
+        for first, logits_PV in self._blocks(hidden_PD):
+            block_P, where_P = logits_PV.max(dim=1)
+            best_P = torch.where(block_P > top_P, where_P + first, best_P)
+            top_P = torch.maximum(top_P, block_P)
+        return best_P
+
+    def score(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p(target), whether it is the most likely token) per position: fp32 [P] and bool [P]."""
+        parts = [self._score(h, t) for h, t in zip(hidden_PD.split(POSITIONS), targets_P.split(POSITIONS), strict=True)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _score(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        target_P, total_P, best_P = self._online(hidden_PD, targets_P)
+        return target_P - total_P, best_P == targets_P
+
+    def _online(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(logit of the target, log-sum-exp, most likely token): Σ exp(x - m) is rescaled when a block raises m."""
+        top_P = hidden_PD.new_full((len(hidden_PD),), -torch.inf, dtype=torch.float32)
+        sum_P, target_P, best_P = torch.zeros_like(top_P), torch.zeros_like(top_P), torch.zeros_like(targets_P)
+        for first, logits_PV in self._blocks(hidden_PD):
+            block_P, where_P = logits_PV.max(dim=1)
+            best_P = torch.where(block_P > top_P, where_P + first, best_P)  # the first of equals, as argmax has it
+            inside_P = targets_P - first
+            found_P = logits_PV.gather(1, inside_P.clamp(0, logits_PV.shape[1] - 1)[:, None])[:, 0]
+            target_P = torch.where((inside_P >= 0) & (inside_P < logits_PV.shape[1]), found_P, target_P)
+            new_P = torch.maximum(top_P, block_P)
+            sum_P = sum_P * (top_P - new_P).exp_() + logits_PV.sub_(new_P[:, None]).exp_().sum(dim=1)
+            top_P = new_P
+        return target_P, top_P + sum_P.log(), best_P
+
+    def slopes(
+        self, hidden_PD: torch.Tensor, targets_P: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, int, torch.Tensor]]:
+        """∂(Σ −log p)/∂logits before cap and bias, block by block: (positions, log p there, first token, slope_PV).
+
+        The logits are made twice, once for the log-sum-exp and once for the slopes: cheaper than keeping them. A block
+        is overwritten by the next; the first one of some positions comes with their log p, the others with none.
+        """
+        for start in range(0, len(hidden_PD), POSITIONS):
+            here = slice(start, start + POSITIONS)
+            targets, rows = targets_P[here], torch.arange(len(targets_P[here]), device=targets_P.device)
+            target_P, total_P, _ = self._online(hidden_PD[here], targets)
+            log_P = target_P - total_P
+            for first, logits_PV in self._blocks(hidden_PD[here]):
+                bend_PV = None if self._cap is None else 1 - (logits_PV / self._cap) ** 2
+                slope_PV = logits_PV.sub_(total_P[:, None]).exp_()
+                inside_P = (targets >= first) & (targets < first + slope_PV.shape[1])
+                slope_PV[rows[inside_P], targets[inside_P] - first] -= 1
+                yield here, log_P, first, slope_PV if bend_PV is None else slope_PV.mul_(bend_PV)
+                log_P = log_P[:0]
+
+    def _blocks(self, hidden_PD: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first token, fp32 logits) of each block; the logits may be overwritten, and the next block reuses them."""
+        if not self._plain:
+            yield 0, self.whole(hidden_PD)
+            return
+        weight_VD, bias_V = self._module.weight, self._module.bias
+        for first in range(0, len(weight_VD), VOCABULARY):
+            block_VD = weight_VD[first : first + VOCABULARY]
+            product_PV = self._buffer(weight_VD.dtype, len(hidden_PD), len(block_VD))
+            torch.mm(hidden_PD, block_VD.T, out=product_PV)
+            if bias_V is not None:
+                product_PV += bias_V[first : first + VOCABULARY]
+            logits_PV = self._buffer(torch.float32, *product_PV.shape)
+            yield first, self._capped(logits_PV if logits_PV is product_PV else logits_PV.copy_(product_PV))
+
+    def _buffer(self, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        device = self._module.weight.device
+        held = self._buffers.get((dtype, device))
+        if held is None or held.numel() < rows * columns:
+            held = self._buffers[dtype, device] = torch.empty(rows * columns, dtype=dtype, device=device)
+        return held[: rows * columns].view(rows, columns)
+
+    def _capped(self, logits_PV: torch.Tensor) -> torch.Tensor:
+        if self._cap is None:
+            return logits_PV
+        return logits_PV.div_(self._cap).tanh_().mul_(self._cap)
