@@ -241,7 +241,7 @@ def _target(task: Task) -> Any:
 
 def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:
     where = f"task `{source.name}`: {file_of(source, training)}, document"
-    for i, doc in enumerate(rows):
+    for i, doc in _to_look_at(task, rows):
         try:
             _check_answer(task, doc)
             if i == 0:  # templates read the same columns for all
@@ -256,6 +256,18 @@ def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], t
                 raise ResolveError(f"{where} {i}: {found}") from error
             reason = f"there is no column `{column}`" if column else f"{type(error).__name__}: {error}"
             raise ResolveError(f"{where} {i}: {reason}, and {_columns(task)} needs it") from error
+
+
+def _to_look_at(task: Task, rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every document; the first of each label where the label is a column and the choices are the same for all."""
+    spec = _target(task)
+    if not (isinstance(spec, str) and spec in task.features and isinstance(task.config.doc_to_choice, list)):
+        yield from enumerate(rows)
+        return
+    first: dict[str, int] = {}
+    for i, doc in enumerate(rows):
+        first.setdefault(repr(doc[spec]), i)
+    yield from ((i, rows[i]) for i in first.values())
 
 
 def _check_answer(task: Task, doc: dict[str, Any]) -> None:

@@ -1,11 +1,18 @@
 """Leakage: which documents of a corpus hold the prompt of an evaluated document.
 
 A document is hit when it contains an evaluated prompt, both with white space folded. A prompt is looked for only in
-documents that hold its longest word, so that 12 MB of text against 1,000 prompts take about a second.
+documents that hold its anchor: the inner word that fewest prompts share, or the pair of neighbours where all its words
+are common (27,000 sentences over 115 words against 1,200 prompts took 2.1 s by longest word, 0.5 s so). First and last
+words are no anchors: a document may glue them to their surroundings ("Answer:yes").
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
+
+SHARED = 4
+"""A word that more prompts have than this is common."""
+Anchor = str | tuple[str, str]
 
 
 def fold(text: str) -> str:
@@ -15,26 +22,34 @@ def fold(text: str) -> str:
 
 def hits(documents: Iterable[str], prompts: Iterable[str]) -> tuple[int, ...]:
     """Numbers of the documents that contain one of the prompts (folded by this function)."""
-    by_word: dict[str, list[str]] = defaultdict(list)
-    for prompt in {fold(p) for p in prompts} - {""}:
-        by_word[_rarest(prompt)].append(prompt)
-    anchors = by_word.keys()
-    return tuple(i for i, document in enumerate(documents) if _hit(document, by_word, anchors))
+    anchored = _anchored({fold(p) for p in prompts} - {""})
+    words: set[Anchor] = {a for a in anchored if isinstance(a, str)}
+    pairs = anchored.keys() - words
+    return tuple(i for i, document in enumerate(documents) if _hit(document.split(), anchored, words, pairs))
 
 
-def _hit(document: str, by_word: dict[str, list[str]], anchors: Iterable[str]) -> bool:
-    words = document.split()
-    found = set(words).intersection(anchors)
+def _hit(document: list[str], anchored: dict[Anchor, list[str]], words: set[Anchor], pairs: set[Anchor]) -> bool:
+    found: set[Anchor] = words.intersection(document)
+    if pairs:
+        found |= pairs.intersection(pairwise(document))
     if not found:
         return False
-    folded = " ".join(words)
-    return any(prompt in folded for word in found for prompt in by_word[word])
+    folded = " ".join(document)
+    return any(prompt in folded for anchor in found for prompt in anchored[anchor])
 
 
-def _rarest(prompt: str) -> str:
-    """An inner word that stands alone in any text that holds the prompt: its longest, ends excepted.
+def _anchored(prompts: Iterable[str]) -> dict[Anchor, list[str]]:
+    """The prompts by what must stand in a document that holds them."""
+    inner = {prompt: _inner(prompt.split()) for prompt in prompts}
+    words = Counter(word for found in inner.values() for word in set(found))
+    pairs = Counter(pair for found in inner.values() for pair in set(pairwise(found)))
+    result: dict[Anchor, list[str]] = defaultdict(list)
+    for prompt, found in inner.items():
+        word = min(found, key=lambda w: (words[w], -len(w)))
+        common = words[word] > SHARED and len(found) > 1
+        result[min(pairwise(found), key=lambda p: pairs[p]) if common else word].append(prompt)
+    return dict(result)
 
-    First and last words may be glued to their surroundings in a document ("Answer:yes"), inner ones cannot.
-    """
-    words = prompt.split()
-    return max(words[1:-1] or words, key=len)
+
+def _inner(words: list[str]) -> list[str]:
+    return words[1:-1] or words

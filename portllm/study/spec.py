@@ -64,7 +64,7 @@ def _one_or_more(kind: Any) -> BeforeValidator:
 class Strict(BaseModel):
     """Fields as named, nothing else."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Optimizer(Strict):
