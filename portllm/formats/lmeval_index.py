@@ -150,7 +150,6 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def merged_config(path: Path) -> dict[str, Any]:
     """A task's YAML with what it includes, its own keys winning; nothing of it is run."""
-    """A task's YAML with what it includes, without running anything of it."""
     config = read_yaml(path)[0]
     merged: dict[str, Any] = {}
     for include in _list(config.pop("include", None)):

@@ -8,8 +8,10 @@ complete model directory, once per node; `Versions` keeps the one a process work
 import gc
 import hashlib
 import json
+import os
 import re
 import shutil
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +20,12 @@ import torch
 from filelock import FileLock
 
 from portllm.errors import StageError
-from portllm.formats.tensors import content_files, read_json
+from portllm.formats.tensors import content_files, read_json, weight_files
 from portllm.work.apply import Source, apply, published, tensor_bytes
 from portllm.work.resident import Resident
 
+IN_USE_S = 600
+"""Seconds after its last opening in which a built version is not dropped."""
 _CLAIM = "version.json"
 """Beside a delta's adapter: {"sha256": digest of the version it makes}, written by its update."""
 
@@ -64,7 +68,9 @@ def materialise(root: Path, deltas: Sequence[Path], scratch: Path) -> Path:
     if not deltas:
         return root
     path = scratch / "versions" / _identity([root, *deltas])
-    if not path.is_dir():
+    if path.is_dir():
+        os.utime(path)  # the least recently used ones are the first to go
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.is_dir():
@@ -75,9 +81,22 @@ def materialise(root: Path, deltas: Sequence[Path], scratch: Path) -> Path:
 def _build(root: Path, deltas: Sequence[Path], path: Path) -> None:
     for left in path.parent.glob(f".{path.name}.*"):  # by a build that was killed: the lock is ours now
         shutil.rmtree(left, ignore_errors=True)
+    _make_room(path.parent, sum(file.stat().st_size for file in weight_files(root)))
     with published(path) as private:
         apply(root, [(delta, 1.0) for delta in deltas], private)
         _check(private, deltas[-1])
+
+
+def _make_room(versions: Path, need: int) -> None:
+    """Drops what can be built again, the least recently opened first, until the disk has `need` bytes free.
+
+    What was opened a short while ago stays: a worker may be reading it.
+    """
+    built = [(path.stat().st_mtime, path) for path in versions.iterdir() if path.is_dir() and path.name[0] != "."]
+    for opened, path in sorted(built):
+        if shutil.disk_usage(versions).free >= need or time.time() - opened < IN_USE_S:
+            return
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check(built: Path, last: Path) -> None:

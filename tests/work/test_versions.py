@@ -2,10 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import content_digest
 from portllm.study.recipes import Export
+from portllm.work import versions as module
 from portllm.work.apply import apply
 from portllm.work.context import RunContext
 from portllm.work.export import export
@@ -134,6 +137,20 @@ def _build_and_log(root: Path, deltas: list[Path], scratch: Path) -> None:
 
     versions.apply = logged
     assert (versions.materialise(root, deltas, scratch) / "model.safetensors").is_file()
+
+
+def test_a_full_disk_drops_the_version_that_was_opened_longest_ago_and_none_in_use(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, deltas = version_inputs(roles(made))
+    old, used = (materialise(root, deltas[:1], tmp_path), materialise(root, deltas[1:], tmp_path))
+    for path in (old, used):
+        os.utime(path, (0, 0))
+    assert materialise(root, deltas[1:], tmp_path) == used
+    free = iter([0, 0, 10**12])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    new = materialise(root, deltas, tmp_path)
+    assert (old.exists(), used.is_dir(), new.is_dir()) == (False, True, True)
 
 
 def test_what_a_killed_build_left_is_cleared(made: Path, tmp_path: Path) -> None:
