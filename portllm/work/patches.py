@@ -1,19 +1,24 @@
-"""The one function that makes a ΔW, and the reading of tensors it needs.
+"""The arithmetic of θ + Σ λΔθ, and the reading of tensors it needs. Everything that adds a patch to anything (versions,
+apply, resident models, export) does it here.
 
-ΔW_OI = scale · (B_OR · A_RI): torch on the CPU, in fp32, the whole tensor in one product, then the scale. numpy's
-product, or one by row blocks, differs in last bits. Everything that adds a patch to anything (versions, apply,
-resident models, export) adds this tensor. R rank, I in, O out; W is stored as W_OI, or W_IO in GPT-2's Conv1D.
+ΔW_OI = scale · (B_OR · A_RI): torch on the CPU, in fp32, the whole tensor in one product. numpy's product, or one by
+row blocks, differs in last bits. Scaling, adding and rounding go by blocks of rows that stay in the cache, in buffers
+that are used again: fresh memory costs a page fault every 4 KB. R rank, I in, O out; W is stored as W_OI, or W_IO in
+GPT-2's Conv1D.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import Adapter, read_adapter, require_fits, weight_name
+from portllm.formats.adapter import Adapter
 from portllm.formats.tensors import TensorEntry
+from portllm.work.changes import Change
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -22,14 +27,43 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 """torch's dtype by safetensors' name."""
-
-Patches = Sequence[tuple[Path, float]]
-"""Patch directories in the order they are added, each with its λ."""
-Applied = tuple[Adapter, float]
-"""An adapter and its λ."""
+BLOCK = 1 << 16
+"""Elements that are scaled, added and rounded at once: their fp32 copies fit a core's cache."""
 
 
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
+class Workspace:
+    """Buffers of each thread, as large as the largest tensor it worked on."""
+
+    def __init__(self, threads: int = 1) -> None:
+        """With several `threads`, each gets one thread of torch's own; `close` gives them back."""
+        self._alone = threads == 1
+        self._held = threading.local()
+        self._before: int | None = None
+
+    def take(self, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The thread's buffer of that role, with whatever it held last."""
+        count = 1
+        for size in shape:
+            count *= size
+        if not hasattr(self._held, "buffers"):
+            self._held.buffers = {}
+            self._one_thread()
+        buffer = self._held.buffers.get(role)
+        if buffer is None or buffer.numel() < count * dtype.itemsize:
+            buffer = self._held.buffers[role] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        return buffer[: count * dtype.itemsize].view(dtype).view(*shape)
+
+    def _one_thread(self) -> None:
+        if not self._alone:
+            self._before = self._before or torch.get_num_threads()
+            torch.set_num_threads(1)
+
+    def close(self) -> None:
+        if self._before is not None:
+            torch.set_num_threads(self._before)
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
     """A stored tensor in memory of its own: torch aligns it, which the product's last bits may depend on."""
     bytes_N = torch.empty(entry.nbytes, dtype=torch.uint8)
     read_bytes(entry.file, entry.start, bytes_N.numpy().data)
@@ -50,48 +84,74 @@ def read_bytes(file: Path, offset: int, buffer: memoryview) -> None:
         os.close(descriptor)
 
 
-def delta(adapter: Adapter, module: str, scale: float = 1.0) -> torch.Tensor:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor as safetensors stores them, without a copy where it is contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def delta(adapter: Adapter, module: str, scale: float = 1.0) -> Tensor:
     """λ·ΔW of one module in fp32, in the orientation of the stored weight (ΔW_OI, or ΔW_IO where transposed).
 
     Equal to the bit to what PEFT's `merge_and_unload` adds; λ multiplies after PEFT's own scale, and λ = 1 is no λ.
     Raises `ResolveError` on a NaN or an infinity in either factor.
     """
-    target = adapter.targets[module]
-    A_RI, B_OR = _factor(target.A_RI, module), _factor(target.B_OR, module)
-    dW_OI = B_OR @ A_RI
-    dW = (dW_OI.T if adapter.transposed else dW_OI) * target.scale
+    dW = product(adapter, module, Workspace()) * adapter.targets[module].scale
     return dW if scale == 1.0 else dW * scale
 
 
-def _factor(entry: TensorEntry, module: str) -> torch.Tensor:
+def product(adapter: Adapter, module: str, workspace: Workspace) -> Tensor:
+    """B·A in fp32, in the orientation of the stored weight, in the workspace."""
+    target = adapter.targets[module]
+    A_RI, B_OR = _factor(target.A_RI, module), _factor(target.B_OR, module)
+    dW_OI = torch.mm(B_OR, A_RI, out=workspace.take("product", target.shape, torch.float32))
+    return dW_OI.T if adapter.transposed else dW_OI
+
+
+def _factor(entry: TensorEntry, module: str) -> Tensor:
     factor = read_tensor(entry).float()
     if not torch.isfinite(factor).all():
         raise ResolveError(f"{entry.file}: the factors of `{module}` hold NaN or infinity; the patch is damaged")
     return factor
 
 
-def read_patches(patches: Patches, tensors: Mapping[str, TensorEntry], tied: bool) -> list[Applied]:
-    """The patches' adapters, all of them checked against the model's tensors before any is added."""
-    applied = [(read_adapter(directory), scale) for directory, scale in patches]
-    for adapter, _ in applied:
-        require_fits(adapter, tensors, tied)
-    return applied
-
-
-def touched(applied: Iterable[Applied], tensors: Mapping[str, TensorEntry]) -> dict[str, list[tuple[Applied, str]]]:
-    """The stored tensors the patches change, by name: (patch, module) in the order they are added."""
-    changes: dict[str, list[tuple[Applied, str]]] = {}
-    for patch in applied:
-        for module in patch[0].targets:
-            name = weight_name(module, tensors)
-            assert name is not None, "read_patches checked that every target fits"
-            changes.setdefault(name, []).append((patch, module))
-    return changes
-
-
-def add(W: torch.Tensor, changes: Iterable[tuple[Applied, str]], dtype: torch.dtype) -> torch.Tensor:
+def add(W: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
     """round(W + Σ λΔW): summed in fp32 in order, rounded once to `dtype`. W is left as it was."""
-    total = W.to(torch.float32, copy=True)
-    for (adapter, scale), module in changes:
-        total += delta(adapter, module, scale)
-    return total.to(dtype)
+    return add_into(torch.empty(W.shape, dtype=dtype), W, changes, Workspace())
+
+
+def patched(entry: TensorEntry, changes: Sequence[Change], dtype: str, workspace: Workspace) -> memoryview:
+    """The bytes of a stored tensor with its changes, in safetensors' `dtype`; they stay in the workspace."""
+    W = workspace.take("stored", entry.shape, DTYPES[entry.dtype])
+    read_bytes(entry.file, entry.start, tensor_bytes(W))
+    return tensor_bytes(add_into(workspace.take("made", entry.shape, DTYPES[dtype]), W, changes, workspace))
+
+
+def add_into(out: Tensor, W: Tensor, changes: Sequence[Change], workspace: Workspace) -> Tensor:
+    """As `add`, into `out`."""
+    if not changes:
+        return out.copy_(W)
+    *first, last = changes
+    if first:  # the sum so far is kept in fp32
+        total = workspace.take("total", W.shape, torch.float32).copy_(W)
+        for change in first:
+            _add_one(total, total, change, workspace)
+        W = total
+    return _add_one(out, W, last, workspace)
+
+
+def _add_one(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Tensor:
+    """out = W + λΔW by blocks of rows; `out` may be W."""
+    (adapter, scale), module = change
+    dW, factor = product(adapter, module, workspace), adapter.targets[module].scale
+    rows = max(1, BLOCK // W.shape[1])
+    part = workspace.take("delta", (rows, W.shape[1]), torch.float32)
+    sums = workspace.take("sum", (rows, W.shape[1]), torch.float32)
+    for start in range(0, len(W), rows):
+        here = slice(start, start + rows)
+        count = len(W[here])
+        torch.mul(dW[here], factor, out=part[:count])
+        if scale != 1.0:
+            part[:count] *= scale
+        sums[:count].copy_(W[here])
+        out[here] = sums[:count].add_(part[:count])
+    return out

@@ -15,7 +15,8 @@ import torch
 from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
 from portllm.work.apply import ties_embeddings
-from portllm.work.patches import DTYPES, Applied, Patches, add, read_patches, read_tensor, touched
+from portllm.work.changes import Applied, Patches, read_patches, touched
+from portllm.work.patches import DTYPES, add, read_tensor
 
 _EVALUATION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -21,7 +21,8 @@ from filelock import FileLock
 
 from portllm.errors import StageError
 from portllm.formats.tensors import content_files, read_json, weight_files
-from portllm.work.apply import Source, apply, published, tensor_bytes
+from portllm.work.apply import Source, apply, published
+from portllm.work.patches import tensor_bytes
 from portllm.work.resident import Resident
 
 IN_USE_S = 600

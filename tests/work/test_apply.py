@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import INDEX, model_tensors
 from portllm.work import apply as module
-from portllm.work.apply import apply, atomic_apply, copy_bytes, published
+from portllm.work import streaming
+from portllm.work.apply import How, apply, atomic_apply, published
+from tests.toys import portllm
 from tests.work.checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,10 +203,38 @@ def test_a_copy_falls_back_to_memory_where_the_kernel_cannot(tmp_path: Path, mon
 
     content = os.urandom(100_000)
     (tmp_path / "a").write_bytes(content)
-    copy_bytes(tmp_path / "a", tmp_path / "b")
-    monkeypatch.setattr(module.os, "copy_file_range", refuse)
-    copy_bytes(tmp_path / "a", tmp_path / "c")
+    monkeypatch.setattr(streaming, "COPY", 1000)
+    whole = [streaming.Copied(tmp_path / "a", 0, 100_000)]
+    streaming.write_files([streaming.Output(tmp_path / "b", whole)], 2, durable=True)
+    monkeypatch.setattr(streaming.os, "copy_file_range", refuse)
+    streaming.write_files([streaming.Output(tmp_path / "c", whole)], 2, durable=False)
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == content
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_move_no_bit_and_progress_counts_every_byte(made: Path, tmp_path: Path, threads: int) -> None:
+    counted: list[int] = []
+    patches = [(made / "llama-plain", 1.0), (made / "llama-rslora", 0.5)]
+    apply(made / "llama-bfloat16", patches, tmp_path / "one")
+    how = How(threads, durable=True, progress=counted.append)
+    apply(made / "llama-bfloat16", patches, tmp_path / "out", how=how)
+    files = [tmp_path / name / "model.safetensors" for name in ("one", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sum(counted) == files[0].stat().st_size
+
+
+def test_an_error_in_one_thread_stops_all_and_is_raised(tmp_path: Path) -> None:
+    def fail() -> memoryview:
+        raise ResolveError("damaged")
+
+    (tmp_path / "short").write_bytes(b"x")
+    pieces = [streaming.Made(1, fail), *[streaming.Made(1, lambda: memoryview(b"y"))] * 50]
+    with pytest.raises(ResolveError, match="damaged"):
+        streaming.write_files([streaming.Output(tmp_path / "a", pieces)], 2, durable=False)
+    with pytest.raises(OSError, match="became shorter"):
+        streaming.write_files(
+            [streaming.Output(tmp_path / "b", [streaming.Copied(tmp_path / "short", 0, 9)])], 1, durable=False
+        )
 
 
 def test_minus_zero_survives(tmp_path: Path) -> None:
@@ -214,3 +244,33 @@ def test_minus_zero_survives(tmp_path: Path) -> None:
     apply(tmp_path / "m", [], tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")["w"]
     assert torch.equal(bits(written), bits(torch.tensor([-0.0, 0.0])))
+
+
+def test_the_command_applies_patches_with_their_scales_and_says_what_it_wrote(made: Path, tmp_path: Path) -> None:
+    source, out = made / "llama-bfloat16", tmp_path / "out"
+    patches = [made / "llama-plain", made / "llama-rslora"]
+    given = [f"--patch={patch}" for patch in patches] + ["--scale=1", "--scale=0.5"]
+    said = portllm("apply", "--model", source, *given, "--out", out, "--durable", "--json")
+    assert json.loads(said)[0]["touched"] == len(load_file(patches[0] / "adapter_model.safetensors")) // 2
+    apply(source, list(zip(patches, (1.0, 0.5), strict=True)), tmp_path / "expected")
+    files = [directory / "model.safetensors" for directory in (out, tmp_path / "expected")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale=1", "--scale=2"], "--scale: 2 for 1 patches"),
+        (["--scale=nan"], "no finite number"),
+        (["--dtype=int8"], "dtype: 'int8' is none of"),
+        (["--patch=nowhere"], "no such patch directory"),
+        (["--model=nowhere"], "no such model directory"),
+    ],
+)
+def test_a_wrong_request_is_one_error_and_writes_nothing(
+    made: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    given = ["--model", made / "llama-float32", "--patch", made / "llama-plain", "--out", tmp_path / "out"]
+    error = portllm("apply", *given, *arguments, code=2)
+    assert message in error and error.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from portllm.errors import ResolveError
 from portllm.formats.adapter import CONFIG, Adapter, read_adapter
 from portllm.formats.tensors import ADAPTER, TensorEntry, read_header
-from portllm.work.patches import add, delta, read_bytes, read_patches, read_tensor
+from portllm.work.changes import read_patches
+from portllm.work.patches import add, delta, read_bytes, read_tensor
 from tests.work.checkpoints import bits
 
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
