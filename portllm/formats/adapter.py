@@ -1,8 +1,9 @@
-"""PEFT's LoRA adapters on disk, as far as ΔW = scale·B·A is the whole of what they do.
+"""PEFT's LoRA adapters on disk: what they do to a model's tensors, as exactly as PEFT's own merge does it.
 
-`read_adapter` reads `adapter_config.json` and the header of `adapter_model.safetensors`; whatever else an adapter may
-do (DoRA, biases, saved modules, changed bases, …) is refused by name, never skipped. `check_fits` holds every target's
-name and shape against a model's tensors. No tensor is read here. R rank, I in, O out.
+`read_adapter` reads `adapter_config.json` and the header of `adapter_model.safetensors`: deltas ΔW = scale·B·A of
+linear layers and embeddings, DoRA's magnitudes, biases, saved modules. Whatever else an adapter may do is refused by
+name, never skipped. `check_fits` holds every name and shape against a model's tensors. No tensor is read here.
+R rank, I in, O out.
 """
 
 import math
@@ -16,22 +17,27 @@ from portllm.errors import ResolveError
 from portllm.formats.tensors import ADAPTER, STORAGE, TensorEntry, read_header, read_json
 
 CONFIG = "adapter_config.json"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+_PARTS = {
+    "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+}  # fmt: skip
+"""What a tensor is to its module, by the end of its name."""
+_PREFIX = "base_model.model."
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.")
 _HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; the others subtract from them."""
 _HARMLESS = frozenset({
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type",
-    "use_rslora",
+    "use_dora", "use_rslora",
 })  # fmt: skip
 """Fields read here, or without a say in ΔW. Any other field that is set is refused: it may change the forward pass."""
 _MEANING = {
-    "use_dora": "DoRA", "bias": "trained biases", "lora_bias": "a bias on lora_B", "modules_to_save": "saved modules",
     "target_parameters": "targets that are parameters (fused experts)", "trainable_token_indices": "trained tokens",
     "layer_replication": "replicated layers", "use_qalora": "QALoRA", "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA", "arrow_config": "Arrow routing", "kasa_config": "KaSA",
@@ -52,31 +58,47 @@ class Target:
     """alpha/rank, or alpha/√rank with rsLoRA."""
     A_RI: TensorEntry
     B_OR: TensorEntry
+    transposed: bool = False
+    """The model stores W_IO: an embedding (I tokens, O dimensions), or GPT-2's Conv1D (PEFT's `fan_in_fan_out`)."""
+    magnitude: TensorEntry | None = None
+    """DoRA's length of each output, [O]: W becomes magnitude · (W + ΔW) / ‖W + ΔW‖."""
+    bias: TensorEntry | None = None
+    """Added to the layer's bias, times the scale, [O]."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
         return self.B_OR.shape[0], self.A_RI.shape[1]
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the stored weight that the delta fits."""
+        return self.shape[::-1] if self.transposed else self.shape
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter whose every effect is the delta of its targets."""
+    """A LoRA adapter, everything it does named."""
 
     directory: Path
     targets: Mapping[str, Target]
     """By module name."""
-    transposed: bool
-    """PEFT's `fan_in_fan_out`: the model stores W_IO (GPT-2's Conv1D), so the delta is added transposed."""
+    replaced: Mapping[str, TensorEntry]
+    """Tensors that take the place of the model's, by name: trained biases and saved modules."""
+    copies: Mapping[str, TensorEntry]
+    """Weights of the base that PEFT saved along (of embeddings and heads that are targets), by name."""
     base: str | None
     """What the adapter says it was trained on."""
     config: Mapping[str, Any]
     """All of `adapter_config.json`."""
 
-    def weight_shape(self, module: str) -> tuple[int, int]:
-        """Shape of the stored weight the target fits."""
-        out, into = self.targets[module].shape
-        return (into, out) if self.transposed else (out, into)
+    @property
+    def beyond_deltas(self) -> str | None:
+        """What it does besides adding: such a patch has no multiple, and does not add up with others."""
+        if self.replaced:
+            return f"replaces `{min(self.replaced)}`"
+        dora = next((name for name, target in self.targets.items() if target.magnitude), None)
+        return f"scales `{dora}` (DoRA)" if dora else None
 
 
 @dataclass(frozen=True)
@@ -89,20 +111,32 @@ class Mismatch:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """The adapter in a directory written by PEFT; `ResolveError` names whatever is not exactly ΔW = scale·B·A."""
+    """The adapter in a directory written by PEFT; `ResolveError` names whatever cannot be applied exactly."""
     if not directory.is_dir():
         raise ResolveError(f"{directory}: no such patch directory")
     config = _config(directory)
-    halves = _halves(directory)
-    targets = {module: _target(directory, config, module, *pair) for module, pair in sorted(halves.items())}
-    if not targets:
+    parts, whole = _sorted_out(directory, config)
+    targets = {module: _target(directory, config, module, found) for module, found in sorted(parts.items())}
+    if not targets and not whole:
         raise ResolveError(f"{directory / ADAPTER}: holds no LoRA tensors; the patch is empty")
+    replaced = {name: entry for name, entry in whole.items() if not _is_copy(name)}
+    copies = {_own(name): entry for name, entry in whole.items() if _is_copy(name)}
     base = config.get("base_model_name_or_path")
-    return Adapter(directory, targets, config.get("fan_in_fan_out") is True, base or None, config)
+    return Adapter(directory, targets, {_own(n): e for n, e in replaced.items()}, copies, base or None, config)
+
+
+def _is_copy(name: str) -> bool:
+    """Whether PEFT saved a target's own weight along with its factors."""
+    return name.endswith(".base_layer.weight")
+
+
+def _own(name: str) -> str:
+    """A tensor's name in the model, without the layer that PEFT put around it."""
+    return name.replace(".base_layer.", ".")
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    """`adapter_config.json`, once nothing in it goes beyond plain LoRA."""
+    """`adapter_config.json`, once nothing in it goes beyond what is applied here."""
     file = directory / CONFIG
     if not file.is_file():
         raise ResolveError(f"{directory}: no {CONFIG}; a patch is a directory written by PEFT's save_pretrained")
@@ -131,7 +165,12 @@ def _require_types(file: Path, config: Mapping[str, Any]) -> None:
         for name, value in {field: config.get(field), **by_module}.items():
             if not fits(value):
                 raise ResolveError(f"{file}: `{name}` is {value!r}; ranks are positive integers, alphas finite numbers")
-    for field in ("use_rslora", "fan_in_fan_out"):
+    if config.get("bias", "none") not in ("none", "all", "lora_only", None):
+        raise ResolveError(f"{file}: `bias` is {config['bias']!r}, which is none of none, all, lora_only")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ResolveError(f"{file}: `modules_to_save` is {saved!r}, no list of names")
+    for field in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if config.get(field) not in (None, True, False):
             raise ResolveError(f"{file}: `{field}` is {config[field]!r}, neither true nor false")
 
@@ -144,32 +183,50 @@ def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30  # type: ignore[operator]
 
 
-def _halves(directory: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    """(A_RI, B_OR) of each module; every tensor of the file is one of them."""
+Parts = dict[str, TensorEntry]
+
+
+def _sorted_out(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Parts], dict[str, TensorEntry]]:
+    """The parts (A, B, magnitude, bias) of each module, and tensors that are whole; every tensor is one of them."""
     file = directory / ADAPTER
     if not file.is_file():
         pickled = " but adapter_model.bin (safetensors only: load and save it again with PEFT)"
         has = pickled if (directory / "adapter_model.bin").is_file() else ""
         raise ResolveError(f"{directory}: no {ADAPTER}{has}")
-    found: dict[str, dict[str, TensorEntry]] = {}
+    parts: dict[str, Parts] = {}
+    whole: dict[str, TensorEntry] = {}
     for name, entry in read_header(file).items():
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise ResolveError(
-                f"{file}: `{name}` is no lora_A or lora_B of a linear layer: it cannot be applied exactly"
-            )
-        found.setdefault(match["module"], {})[match["half"]] = entry
-    for module, pair in found.items():
-        if len(pair) < 2:
-            raise ResolveError(f"{file}: `{module}` has lora_{next(iter(pair))} only; the patch is damaged")
-    return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+        bare = name.removeprefix(_PREFIX)
+        end = next((end for end in _PARTS if bare.endswith(f".{end}")), None)
+        if bare == name or (end is None and not _may_be_whole(bare, config)):
+            raise ResolveError(f"{file}: `{name}` is nothing that {CONFIG} speaks of: it cannot be applied exactly")
+        if end is None:
+            whole[bare] = entry
+        elif _PARTS[end] in (found := parts.setdefault(bare.removesuffix(f".{end}"), {})):
+            raise ResolveError(f"{file}: `{name}` stands there under two names; the patch is damaged")
+        else:
+            found[_PARTS[end]] = entry
+            found |= {"embedding": entry} if "embedding" in end else {}
+    return parts, whole
 
 
-def _target(directory: Path, config: Mapping[str, Any], module: str, A_RI: TensorEntry, B_OR: TensorEntry) -> Target:
+def _may_be_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the configuration says that a whole tensor of this name belongs to the adapter."""
+    if name.endswith(".bias") and config.get("bias") not in (None, "none"):
+        return True
+    saved = set(config.get("modules_to_save") or [])
+    return bool(saved & set(name.split("."))) or _is_copy(name)
+
+
+def _target(directory: Path, config: Mapping[str, Any], module: str, parts: Parts) -> Target:
     """One module's delta, its shapes checked against each other and the configured rank."""
+    where = f"{directory / ADAPTER}: `{module}`"
+    if missing := {"A", "B"} - parts.keys():
+        has = ", ".join(f"lora_{part}" if part in "AB" else part for part in sorted(parts))
+        raise ResolveError(f"{where} has {has} only, no lora_{min(missing)}; the patch is damaged")
+    A_RI, B_OR, embedding = parts["A"], parts["B"], "embedding" in parts
     rank = _by_pattern(directory, config, "rank_pattern", module, config["r"])
     alpha = _by_pattern(directory, config, "alpha_pattern", module, config["lora_alpha"])
-    where = f"{directory / ADAPTER}: `{module}`"
     for half, entry in (("lora_A", A_RI), ("lora_B", B_OR)):
         if entry.dtype not in STORAGE:
             raise ResolveError(f"{where}: {half} is stored as {entry.dtype}, not as {', '.join(STORAGE)}")
@@ -179,8 +236,21 @@ def _target(directory: Path, config: Mapping[str, Any], module: str, A_RI: Tenso
         raise ResolveError(
             f"{where}: lora_A {list(A_RI.shape)} and lora_B {list(B_OR.shape)} do not have the configured rank {rank}"
         )
+    magnitude, bias = parts.get("magnitude"), parts.get("bias")
+    for name, vector, wanted in (("magnitude", magnitude, "use_dora"), ("bias", bias, "lora_bias")):
+        if bool(vector) != bool(config.get(wanted)):
+            raise ResolveError(f"{where}: `{wanted}` is {config.get(wanted)!r} and a {name} is {_there(vector)}")
+        if vector and (vector.shape != (B_OR.shape[0],) or vector.dtype not in STORAGE):
+            raise ResolveError(f"{where}: its {name} is {vector.dtype} {list(vector.shape)}, not [{B_OR.shape[0]}]")
+    if embedding and magnitude:
+        raise ResolveError(f"{where}: DoRA on an embedding cannot be applied exactly yet")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Target(module, rank, alpha, scale, A_RI, B_OR)
+    transposed = embedding or config.get("fan_in_fan_out") is True
+    return Target(module, rank, alpha, scale, A_RI, B_OR, transposed, magnitude, bias)
+
+
+def _there(entry: TensorEntry | None) -> str:
+    return "there" if entry else "missing; the patch is damaged"
 
 
 def _by_pattern(directory: Path, config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
@@ -194,13 +264,12 @@ def _by_pattern(directory: Path, config: Mapping[str, Any], field: str, module: 
     return default
 
 
-def weight_name(module: str, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """The stored tensor of a module's weight.
+def stored_name(name: str, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """The stored tensor that a parameter is loaded from.
 
     A checkpoint of the bare model lacks the head model's prefix (`transformer.`, `model.`) on every name, and
     transformers adds it on loading: so does this.
     """
-    name = f"{module}.weight"
     prefix, _, bare = name.partition(".")
     if name not in tensors and bare in tensors and not any(other.startswith(f"{prefix}.") for other in tensors):
         return bare
@@ -208,12 +277,15 @@ def weight_name(module: str, tensors: Mapping[str, TensorEntry]) -> str | None:
 
 
 def check_fits(adapter: Adapter, tensors: Mapping[str, TensorEntry], tied: bool = False) -> list[Mismatch]:
-    """Every target that does not fit a model's tensors. `tied`: the model's head is its embedding."""
-    return [
-        Mismatch(module, reason)
-        for module in adapter.targets
-        if (reason := _misfit(adapter, module, tensors, tied)) is not None
-    ]
+    """Every part that does not fit a model's tensors. `tied`: the model's head is its embedding."""
+    wanted: list[tuple[str, str, tuple[int, ...]]] = []
+    for module, target in adapter.targets.items():
+        wanted.append((module, f"{module}.weight", target.stored_shape))
+        if target.bias:
+            wanted.append((module, f"{module}.bias", target.bias.shape))
+    wanted += [(name, name, entry.shape) for name, entry in {**adapter.replaced, **adapter.copies}.items()]
+    checked = ((what, _misfit(name, shape, tensors, tied)) for what, name, shape in wanted)
+    return [Mismatch(what, reason) for what, reason in checked if reason is not None]
 
 
 def require_fits(adapter: Adapter, tensors: Mapping[str, TensorEntry], tied: bool = False) -> None:
@@ -224,20 +296,21 @@ def require_fits(adapter: Adapter, tensors: Mapping[str, TensorEntry], tied: boo
         raise ResolveError(f"{adapter.directory}: patch targets `{first.module}`, {first.reason}{others}")
 
 
-def _misfit(adapter: Adapter, module: str, tensors: Mapping[str, TensorEntry], tied: bool) -> str | None:
-    name = weight_name(module, tensors)
-    if tied and module.rpartition(".")[2] in _HEADS:
-        return "the version ties it to its embeddings: untie them first, or train the patch without it"
-    if name is None:
-        return _why_absent(module, tensors)
-    entry, wanted = tensors[name], adapter.weight_shape(module)
+def _misfit(name: str, wanted: tuple[int, ...], tensors: Mapping[str, TensorEntry], tied: bool) -> str | None:
+    module, _, kind = name.rpartition(".")
+    if tied and kind == "weight" and module.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS):
+        return "the version ties head and embeddings: untie them first (--untie), or train the patch without it"
+    stored = stored_name(name, tensors)
+    if stored is None:
+        return f"the version has no {kind} there" if kind == "bias" else _why_absent(module, tensors)
+    entry = tensors[stored]
     if entry.dtype not in STORAGE:
         return f"the version stores it as {entry.dtype}: patches are added to {', '.join(STORAGE.values())} only"
     if entry.shape == wanted:
         return None
-    if entry.shape == wanted[::-1]:
-        return f"the version stores it transposed: fan_in_fan_out in {CONFIG} should be {not adapter.transposed}"
-    shapes = f"the version's weight is {_times(entry.shape)}, the patch's {_times(wanted)}"
+    if len(wanted) == 2 and entry.shape == wanted[::-1]:
+        return f"the version stores it transposed: fan_in_fan_out in {CONFIG} should be the other way round"
+    shapes = f"the version's {kind} is {_times(entry.shape)}, the patch's {_times(wanted)}"
     return f"{shapes}: it was trained on another model"
 
 

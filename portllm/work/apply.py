@@ -61,6 +61,10 @@ class Source:
         tensors = model_tensors(directory)
         config = read_json(directory / "config.json")
         applied = read_patches(patches, tensors, ties_embeddings(config))
+        if any(adapter.copies for adapter, _ in applied):
+            from portllm.work.patches import require_same_copies
+
+            require_same_copies(applied, tensors)
         return cls(directory, config, tensors, touched(applied, tensors))
 
     def tensor(self, name: str) -> "torch.Tensor":

@@ -9,16 +9,16 @@ GPT-2's Conv1D.
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import Adapter
+from portllm.formats.adapter import Adapter, stored_name
 from portllm.formats.tensors import TensorEntry
-from portllm.work.changes import Change
+from portllm.work.changes import Applied, BiasDelta, Change, Delta, Replacement
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -104,7 +104,7 @@ def product(adapter: Adapter, module: str, workspace: Workspace) -> Tensor:
     target = adapter.targets[module]
     A_RI, B_OR = _factor(target.A_RI, module), _factor(target.B_OR, module)
     dW_OI = torch.mm(B_OR, A_RI, out=workspace.take("product", target.shape, torch.float32))
-    return dW_OI.T if adapter.transposed else dW_OI
+    return dW_OI.T if target.transposed else dW_OI
 
 
 def _factor(entry: TensorEntry, module: str) -> Tensor:
@@ -112,6 +112,19 @@ def _factor(entry: TensorEntry, module: str) -> Tensor:
     if not torch.isfinite(factor).all():
         raise ResolveError(f"{entry.file}: the factors of `{module}` hold NaN or infinity; the patch is damaged")
     return factor
+
+
+def require_same_copies(applied: Iterable[Applied], tensors: Mapping[str, TensorEntry]) -> None:
+    """Weights that PEFT saved along must be the version's own: on another version they would undo its update."""
+    for adapter, _ in applied:
+        for name, copy in adapter.copies.items():
+            stored = stored_name(name, tensors)
+            assert stored is not None, "read_patches checked that everything fits"
+            if not torch.equal(read_tensor(copy).float(), read_tensor(tensors[stored]).float()):
+                raise ResolveError(
+                    f"{adapter.directory}: carries the `{name}` it was trained on, and this version's differs: save "
+                    "the adapter again with save_pretrained(…, save_embedding_layers=False)"
+                )
 
 
 def add(W: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
@@ -134,15 +147,38 @@ def add_into(out: Tensor, W: Tensor, changes: Sequence[Change], workspace: Works
     if first:  # the sum so far is kept in fp32
         total = workspace.take("total", W.shape, torch.float32).copy_(W)
         for change in first:
-            _add_one(total, total, change, workspace)
+            _change(total, total, change, workspace)
         W = total
-    return _add_one(out, W, last, workspace)
+    return _change(out, W, last, workspace)
 
 
-def _add_one(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Tensor:
-    """out = W + λΔW by blocks of rows; `out` may be W."""
-    (adapter, scale), module = change
-    dW, factor = product(adapter, module, workspace), adapter.targets[module].scale
+def _change(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Tensor:
+    """One change of W into `out`, which may be W."""
+    if isinstance(change, Replacement):
+        return out.copy_(_factor(change.entry, change.parameter))
+    target = change.adapter.targets[change.module]
+    if isinstance(change, BiasDelta):
+        assert target.bias is not None
+        bias_O = _factor(target.bias, change.module) * target.scale
+        return out.copy_(W.float() + (bias_O if change.scale == 1.0 else bias_O * change.scale))
+    if target.magnitude is not None:
+        return out.copy_(_dora(W.float(), change, _factor(target.magnitude, change.module)))
+    return _add_delta(out, W, change, workspace)
+
+
+def _dora(W: Tensor, change: Delta, magnitude_O: Tensor) -> Tensor:
+    """magnitude · (W + ΔW) / ‖W + ΔW‖, the length taken over each output's row (column where W is transposed)."""
+    transposed = change.adapter.targets[change.module].transposed
+    moved = W + delta(change.adapter, change.module, change.scale)
+    moved_OI = moved.T if transposed else moved
+    factor_O1 = (magnitude_O / torch.linalg.norm(moved_OI, dim=1))[:, None]
+    return (factor_O1.T if transposed else factor_O1) * moved
+
+
+def _add_delta(out: Tensor, W: Tensor, change: Delta, workspace: Workspace) -> Tensor:
+    """out = W + λΔW by blocks of rows."""
+    dW = product(change.adapter, change.module, workspace)
+    factor = change.adapter.targets[change.module].scale
     rows = max(1, BLOCK // W.shape[1])
     part = workspace.take("delta", (rows, W.shape[1]), torch.float32)
     sums = workspace.take("sum", (rows, W.shape[1]), torch.float32)
@@ -150,8 +186,8 @@ def _add_one(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Te
         here = slice(start, start + rows)
         count = len(W[here])
         torch.mul(dW[here], factor, out=part[:count])
-        if scale != 1.0:
-            part[:count] *= scale
+        if change.scale != 1.0:
+            part[:count] *= change.scale
         sums[:count].copy_(W[here])
         out[here] = sums[:count].add_(part[:count])
     return out

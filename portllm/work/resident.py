@@ -16,7 +16,7 @@ from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
 from portllm.work.apply import ties_embeddings
 from portllm.work.changes import Applied, Patches, read_patches, touched
-from portllm.work.patches import DTYPES, add, read_tensor
+from portllm.work.patches import DTYPES, add, read_tensor, require_same_copies
 
 _EVALUATION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +55,7 @@ class Resident:
         if self._busy:
             raise StageError(f"{self.path}: patches are applied already; leave that block first")
         adapters = read_patches(patches, self._tensors, self._tied)
+        require_same_copies(adapters, self._tensors)
         self._busy = True
         try:
             with self._merged(adapters) if mode == "merged" else self._kept_apart(adapters):
@@ -82,7 +83,7 @@ class Resident:
     @contextmanager
     def _merged(self, adapters: list[Applied]) -> Iterator[None]:
         changes = touched(adapters, self._tensors)
-        parameters = {name: self._parameter(patched[0][1]) for name, patched in changes.items()}
+        parameters = {name: self._parameter(changed[0].parameter) for name, changed in changes.items()}
         saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         try:
             for name, parameter in parameters.items():
@@ -100,14 +101,14 @@ class Resident:
         holds = parameter.dtype in (torch.float32, DTYPES[entry.dtype])
         return parameter.data if holds and parameter.device.type == "cpu" else read_tensor(entry)
 
-    def _parameter(self, module: str) -> torch.nn.Parameter:
-        """A module's weight in memory, its own and of the shape on disk."""
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        """A parameter in memory, a tensor of its own."""
         try:
-            parameter = self.model.get_parameter(f"{module}.weight")
+            parameter = self.model.get_parameter(name)
         except AttributeError as error:
             raise ResolveError(
-                f"{self.path}: transformers loads no layer `{module}`: it renames or fuses this architecture's "
-                "layers, and a patch on them cannot be applied exactly yet"
+                f"{self.path}: transformers loads no `{name}`: it renames or fuses this architecture's layers, and a "
+                "patch on them cannot be applied exactly yet"
             ) from error
         shared = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is parameter]
         if len(shared) > 1:
@@ -133,6 +134,8 @@ class Resident:
         names = [f"patch{index}" for index in range(1, len(adapters) + 1)]
         for name, (adapter, scale) in zip(names, adapters, strict=True):
             where = str(adapter.directory)
+            if whole := {**adapter.replaced, **adapter.copies}:  # PEFT would write over the model's own
+                raise ResolveError(f"{where}: replaces `{min(whole)}`, which mode adapter cannot undo: use merged")
             if wrapped is None:
                 wrapped = PeftModel.from_pretrained(self.model, where, adapter_name=name, torch_device=self.device)
             else:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import CONFIG, check_fits, read_adapter, require_fits, weight_name
+from portllm.formats.adapter import CONFIG, check_fits, read_adapter, require_fits, stored_name
 from portllm.formats.tensors import ADAPTER, TensorEntry
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -48,7 +48,7 @@ def test_a_plain_adapter_gives_rank_alpha_scale_and_shapes(tmp_path: Path) -> No
     target = adapter.targets[DOWN]
     assert (target.rank, target.alpha, target.scale, target.shape) == (4, 8, 2.0, (10, 7))
     assert (target.A_RI.shape, target.B_OR.shape, target.A_RI.dtype) == ((4, 7), (10, 4), "F32")
-    assert (adapter.base, adapter.transposed, list(adapter.targets)) == ("org/base", False, [Q, DOWN])
+    assert (adapter.base, target.transposed, list(adapter.targets)) == ("org/base", False, [Q, DOWN])
 
 
 def test_rank_stabilised_lora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_patterns_override_rank_and_alpha_per_module(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "use_dora": True, "bias": "all", "lora_bias": True, "modules_to_save": ["lm_head"], "target_parameters": ["x"],
+    "target_parameters": ["x"],
     "trainable_token_indices": [1], "layer_replication": [[0, 4]], "use_qalora": True, "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [7], "arrow_config": {"top_k": 2}, "kasa_config": {"beta": 1},
     "velora_config": {"num_groups": 2}, "monteclora_config": {"x": 1}, "megatron_config": {"x": 1},
@@ -84,7 +84,7 @@ def test_what_goes_beyond_a_delta_is_refused_by_name(tmp_path: Path, field: str)
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_the_same_fields_unset_are_fine(tmp_path: Path, field: str) -> None:
-    read_adapter(save(tmp_path / "a", **{field: "none" if field == "bias" else None}))
+    read_adapter(save(tmp_path / "a", **{field: None}))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new"])
@@ -120,10 +120,8 @@ def test_a_wrong_type_in_the_configuration_is_one_clear_error(tmp_path: Path, fi
 @pytest.mark.parametrize(
     "key",
     [
-        "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.lm_head.weight",
-        f"base_model.model.{Q}.lora_magnitude_vector",
-        f"base_model.model.{Q}.lora_B.bias",
+        f"base_model.model.{Q}.bias",
         f"{Q}.lora_A.weight",
         f"base_model.model.{Q}.lora_A.default.weight",
     ],
@@ -137,7 +135,10 @@ def test_an_unknown_tensor_is_refused_and_never_skipped(tmp_path: Path, key: str
     ("arrays", "message"),
     [
         ({}, "empty"),
-        ({"base_model.model.x.lora_A.weight": np.zeros((4, 3), "f4")}, "`x` has lora_A only"),
+        ({"base_model.model.x.lora_A.weight": np.zeros((4, 3), "f4")}, "`x` has lora_A only, no lora_B"),
+        (factors({"x": (3, 4, 3)}) | {"base_model.model.x.lora_magnitude_vector": np.zeros(3, "f4")}, "use_dora"),
+        (factors({"x": (3, 4, 3)}) | {"base_model.model.x.lora_B.bias": np.zeros(3, "f4")}, "lora_bias"),
+        ({"base_model.model.x.lora_embedding_A": np.zeros((4, 9), "f4")}, "no lora_B"),
         (factors({"x": (3, 8, 3)}), "configured rank 4"),
         (factors({"x": (3, 4, 0)}), "matrix with content"),
         ({k: v.reshape(*v.shape, 1, 1) for k, v in factors({"x": (3, 4, 3)}).items()}, "matrix with content"),
@@ -206,7 +207,7 @@ def test_a_patch_of_another_width_is_told_by_both_shapes(tmp_path: Path) -> None
 def test_fan_in_fan_out_turns_the_shape_and_a_wrong_flag_is_told(tmp_path: Path) -> None:
     turned = read_adapter(save(tmp_path / "a", fan_in_fan_out=True))
     assert check_fits(turned, model(q=(10, 6), down=(7, 10))) == []
-    with pytest.raises(ResolveError, match=r"fan_in_fan_out in adapter_config.json should be False"):
+    with pytest.raises(ResolveError, match=r"fan_in_fan_out in adapter_config.json should be the other way round"):
         require_fits(turned, model())
 
 
@@ -225,6 +226,48 @@ def test_quantised_weights_take_no_patch(tmp_path: Path) -> None:
 
 
 def test_a_bare_models_names_lack_the_prefix_of_the_whole() -> None:
-    assert weight_name("transformer.h.0.c_attn", stored(**{"h.0.c_attn": (1,)})) == "h.0.c_attn.weight"
+    assert stored_name("transformer.h.0.c_attn.weight", stored(**{"h.0.c_attn": (1,)})) == "h.0.c_attn.weight"
     both = stored(**{"h.0.c_attn": (1,), "transformer.wte": (1,)})
-    assert weight_name("transformer.h.0.c_attn", both) is None
+    assert stored_name("transformer.h.0.c_attn.weight", both) is None
+
+
+def vector(length: int) -> np.ndarray:
+    return np.ones(length, "f4")
+
+
+def test_more_than_deltas_is_told_apart_and_has_no_multiple(tmp_path: Path) -> None:
+    plain = read_adapter(save(tmp_path / "plain"))
+    assert (plain.beyond_deltas, plain.replaced, plain.copies) == (None, {}, {})
+    lengths = {f"base_model.model.{m}.lora_magnitude_vector": vector(o) for m, o in ((Q, 6), (DOWN, 10))}
+    dora = read_adapter(save(tmp_path / "dora", extra=lengths, use_dora=True))
+    assert dora.beyond_deltas == f"scales `{Q}` (DoRA)"
+    bias = {f"base_model.model.{Q}.base_layer.bias": vector(6), "base_model.model.model.norm.bias": vector(10)}
+    biased = read_adapter(save(tmp_path / "bias", extra=bias, bias="all"))
+    assert set(biased.replaced) == {f"{Q}.bias", "model.norm.bias"}
+    saved = {"base_model.model.lm_head.weight": np.ones((20, 10), "f4")}
+    head = read_adapter(save(tmp_path / "head", extra=saved, modules_to_save=["lm_head"]))
+    assert head.beyond_deltas == "replaces `lm_head.weight`"
+
+
+def test_an_embedding_is_stored_transposed_and_may_carry_its_base_along(tmp_path: Path) -> None:
+    name = "base_model.model.model.embed_tokens"
+    extra = {f"{name}.lora_embedding_A": np.zeros((4, 20), "f4"), f"{name}.lora_embedding_B": np.zeros((10, 4), "f4")}
+    adapter = read_adapter(save(tmp_path / "a", extra=extra | {f"{name}.base_layer.weight": np.zeros((20, 10), "f4")}))
+    target = adapter.targets["model.embed_tokens"]
+    assert (target.shape, target.stored_shape, target.transposed) == ((10, 20), (20, 10), True)
+    assert set(adapter.copies) == {"model.embed_tokens.weight"} and adapter.beyond_deltas is None
+    assert check_fits(adapter, model()) == []
+    with pytest.raises(ResolveError, match="`model.embed_tokens`, the version ties head and embeddings"):
+        require_fits(adapter, model(), tied=True)
+
+
+def test_a_bias_needs_one_in_the_model(tmp_path: Path) -> None:
+    extra = {f"base_model.model.{m}.lora_B.bias": vector(o) for m, o in ((Q, 6), (DOWN, 10))}
+    adapter = read_adapter(save(tmp_path / "a", extra=extra, lora_bias=True))
+    with pytest.raises(ResolveError, match=f"`{Q}`, the version has no bias there"):
+        require_fits(adapter, model())
+    biases = {
+        f"{Q}.bias": TensorEntry(Path("m"), "F32", (6,), 0, 4),
+        f"{DOWN}.bias": TensorEntry(Path("m"), "F32", (10,), 0, 4),
+    }
+    assert check_fits(adapter, model() | biases) == []

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from portllm.formats.tensors import INDEX, model_tensors
 from portllm.work import apply as module
 from portllm.work import streaming
 from portllm.work.apply import How, apply, atomic_apply, published
+from portllm.work.resident import Resident
 from tests.toys import portllm
 from tests.work.checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
 
@@ -51,6 +53,57 @@ def test_applied_weights_are_pefts_merge_to_the_bit(
     assert same_bits(load(tmp_path / "out", DTYPES[dtype]).state_dict(), peft_merged(source, patch, DTYPES[dtype]))
     assert summary["touched"] == len(load_file(patch / "adapter_model.safetensors")) // 2
     assert summary["dtype"] == dtype
+
+
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("llama", {"use_dora": True}),
+    "dora of Conv1D": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "biases": ("gpt2", {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "biases of targets": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "bias of B": ("gpt2", {"lora_bias": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "saved modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "input_layernorm"]}),
+    "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", BEYOND)
+def test_everything_else_a_lora_adapter_does_is_pefts_merge_within_four_units_in_the_last_place(
+    made: Path, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    name, config = BEYOND[kind]
+    source = made / f"{name}-{dtype}"
+    patch = save_adapter(tmp_path / "p", source, **config)
+    apply(source, [(patch, 1.0)], tmp_path / "out")
+    ours = load(tmp_path / "out", DTYPES[dtype]).state_dict()
+    # PEFT rounds an embedding's factors to the model's dtype when it loads them: held against its fp32 sum, rounded.
+    computed = torch.float32 if kind == "embeddings" else DTYPES[dtype]
+    pefts = {n: t.to(DTYPES[dtype]) for n, t in peft_merged(source, patch, computed).items()}
+    assert ours.keys() == pefts.keys()
+    assert not same_bits(ours, load(source, DTYPES[dtype]).state_dict())
+    for key, tensor in ours.items():
+        unit = torch.finfo(tensor.dtype).eps * pefts[key].abs().float()
+        assert ((tensor.float() - pefts[key].float()).abs() <= 4 * unit).all(), key
+    with Resident(source, dtype).applied([(patch, 1.0)]) as resident:
+        assert same_bits(resident.state_dict(), ours)
+
+
+def test_what_is_no_sum_of_deltas_is_applied_alone_and_whole(made: Path, tmp_path: Path) -> None:
+    source = made / "llama-float32"
+    patch = save_adapter(tmp_path / "p", source, use_dora=True)
+    for patches in ([(patch, 0.5)], [(patch, 1.0), (made / "llama-plain", 1.0)]):
+        with pytest.raises(ResolveError, match=r"scales .* \(DoRA\): that is no sum of deltas; apply it alone"):
+            apply(source, patches, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_saved_along_fits_its_own_version_only(made: Path, tmp_path: Path) -> None:
+    source = made / "llama-float32"
+    patch = save_adapter(tmp_path / "p", source, target_modules=["embed_tokens"])
+    save_model(tmp_path / "other", "llama", torch.float32, seed=9)
+    with pytest.raises(ResolveError, match=r"carries the `model\.embed_tokens\.weight` it was trained on"):
+        apply(tmp_path / "other", [(patch, 1.0)], tmp_path / "out")
 
 
 def test_untouched_tensors_and_the_header_keep_their_bytes(made: Path, tmp_path: Path) -> None:

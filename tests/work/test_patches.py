@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from portllm.errors import ResolveError
 from portllm.formats.adapter import CONFIG, Adapter, read_adapter
 from portllm.formats.tensors import ADAPTER, TensorEntry, read_header
-from portllm.work.changes import read_patches
+from portllm.work.changes import Delta, read_patches
 from portllm.work.patches import add, delta, read_bytes, read_tensor
 from tests.work.checkpoints import bits
 
@@ -62,7 +62,7 @@ def test_a_merged_weight_is_pefts_to_the_bit(
     A_RI, B_OR = drawn(shape, seed, trained)
     W_OI = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(seed + 1)).to(stored)
     adapter = adapter_of(tmp_path / "a", A_RI, B_OR, lora_alpha=alpha, use_rslora=rslora)
-    ours = add(W_OI, [((adapter, 1.0), "x")], stored)
+    ours = add(W_OI, [Delta(adapter, "x")], stored)
     assert torch.equal(bits(ours), bits(peft_merge(W_OI, A_RI, B_OR, alpha, rslora)))
 
 
@@ -98,7 +98,7 @@ def test_several_deltas_are_summed_in_fp32_in_order_and_rounded_once(
     total = W_OI.float()
     for adapter, scale in zip(adapters, (1.0, 0.5, -2.0), strict=True):
         total = total + delta(adapter, "x", scale)
-    changes = [((adapter, scale), "x") for adapter, scale in zip(adapters, (1.0, 0.5, -2.0), strict=True)]
+    changes = [Delta(adapter, "x", scale) for adapter, scale in zip(adapters, (1.0, 0.5, -2.0), strict=True)]
     assert torch.equal(bits(add(W_OI, changes, stored)), bits(total.to(stored)))
     assert torch.equal(bits(W_OI), bits(before))
 
