@@ -312,6 +312,55 @@ def apply(
         print(f"{out}: {summary['touched']} of {summary['tensors']} tensors patched, {summary['bytes'] / 1e9:.2f} GB")
 
 
+PatchDir = Annotated[Path, typer.Argument(metavar="PATCH", help="A PEFT adapter directory.", show_default=False)]
+
+
+@app.command()
+def inspect(patch: PatchDir, json: Json = False) -> None:
+    """Show what a patch is, in one screen."""
+    from portllm.report.patch_text import inspect_text
+    from portllm.work.diagnose import inspect as inspect_patch
+
+    facts = inspect_patch(patch)
+    _print_json([facts]) if json else print(inspect_text(facts))
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Model directory.")],
+    patch: Annotated[Path, typer.Option("--patch", metavar="DIR", help="A PEFT adapter.")],
+    json: Json = False,
+) -> None:
+    """Say whether a patch fits a model: names, shapes, values, tokenizer. Exit code 1 where it does not."""
+    from portllm.report.patch_text import check_text
+    from portllm.work.checking import check as check_patch
+
+    verdict = check_patch(model, patch).to_json()
+    _print_json([verdict]) if json else print(check_text(verdict, str(patch), str(model)))
+    if not verdict["fits"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diagnose(
+    patch: PatchDir,
+    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="The version θₜ it goes onto.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="θ₀, to compare with the update.")] = None,
+    other: Annotated[
+        Path | None, typer.Option("--other", metavar="DIR", help="Another patch Δθ', for the residual.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a patch will do, without running anything: norms, ranks, what rounding loses, overlap, residuals."""
+    from portllm.report.patch_text import diagnose_text
+    from portllm.work.diagnose import diagnose as diagnose_patch
+
+    if base is not None and model is None:
+        raise SpecError("--base: the update from θ₀ needs the version θₜ as well: give --model")
+    found = diagnose_patch(patch, model, base, other)
+    _print_json([found]) if json else print(diagnose_text(found))
+
+
 # --- a cluster
 
 Address = Annotated[

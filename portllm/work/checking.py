@@ -1,0 +1,100 @@
+"""Whether a patch belongs on a model, before anything is written: every doubt in one list, worst first."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from portllm.errors import ResolveError
+from portllm.formats.adapter import Adapter, check_fits, read_adapter
+from portllm.formats.tensors import TOKENIZER_FILES, TensorEntry, model_tensors, read_json, sha256, storage_dtype
+from portllm.work.apply import ties_embeddings
+
+_SAME_TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
+"""Files that say which token is which; settings and templates may differ."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found."""
+
+    kind: Literal["mismatch", "warning"]
+    """A mismatch refuses the patch; a warning does not."""
+    what: str
+    """Module, file or field."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` says."""
+
+    fits: bool
+    findings: list[Finding]
+    targets: int
+    ranks: list[int]
+    patch_dtypes: list[str]
+    model_dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(model: Path, patch: Path) -> Verdict:
+    """Everything that can be known without a forward pass. Raises `ResolveError` where one of the two is unreadable."""
+    tensors = model_tensors(model)
+    adapter = read_adapter(patch)
+    config = read_json(model / "config.json")
+    findings = [Finding("mismatch", m.module, m.reason) for m in check_fits(adapter, tensors, ties_embeddings(config))]
+    fits = not findings
+    findings += _factors(adapter)
+    findings += _copies(adapter, tensors) if fits else []
+    findings += _origin(adapter, model, patch)
+    return Verdict(
+        fits=not any(finding.kind == "mismatch" for finding in findings),
+        findings=sorted(findings, key=lambda finding: finding.kind),
+        targets=len(adapter.targets),
+        ranks=sorted({target.rank for target in adapter.targets.values()}),
+        patch_dtypes=sorted({target.A_RI.dtype for target in adapter.targets.values()}),
+        model_dtype=storage_dtype(tensors),
+    )
+
+
+def _factors(adapter: Adapter) -> Iterator[Finding]:
+    """Values: finite, and not all zero in B (then the patch was never trained)."""
+    import torch
+
+    from portllm.work.patches import read_tensor
+
+    idle = []
+    for module, target in adapter.targets.items():
+        A_RI, B_OR = read_tensor(target.A_RI), read_tensor(target.B_OR)
+        if not (torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
+            yield Finding("mismatch", module, "its factors hold NaN or infinity; the patch is damaged")
+        elif not B_OR.any():
+            idle.append(module)
+    if idle and len(idle) == len(adapter.targets):
+        yield Finding("warning", "lora_B", "is zero everywhere: the patch changes nothing")
+    elif idle:
+        yield Finding("warning", idle[0], f"and {len(idle) - 1} more modules have a zero lora_B: they change nothing")
+
+
+def _copies(adapter: Adapter, tensors: Mapping[str, TensorEntry]) -> Iterator[Finding]:
+    from portllm.work.patches import require_same_copies
+
+    try:
+        require_same_copies([(adapter, 1.0)], tensors)
+    except ResolveError as error:
+        yield Finding("mismatch", min(adapter.copies), str(error).removeprefix(f"{adapter.directory}: "))
+
+
+def _origin(adapter: Adapter, model: Path, patch: Path) -> Iterator[Finding]:
+    """What the patch says of its base, and the tokenizer it came with."""
+    if adapter.base and Path(adapter.base).name not in (model.name, model.resolve().name):
+        yield Finding(
+            "warning", "base_model_name_or_path", f"names {adapter.base}: another version, or model"
+        )
+    for name in TOKENIZER_FILES:
+        mine, theirs = patch / name, model / name
+        if name in _SAME_TOKENS and mine.is_file() and theirs.is_file() and sha256(mine) != sha256(theirs):
+            yield Finding("mismatch", name, "differs between patch and model: the same text gives other tokens")

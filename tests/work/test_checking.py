@@ -1,0 +1,92 @@
+"""`check`, `inspect` and `diagnose` as a user meets them: a verdict in words and as JSON, and an exit code."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from portllm.formats.tensors import ADAPTER
+from portllm.work.checking import check
+from tests.toys import portllm
+from tests.work.checkpoints import save_adapter, save_model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    save_model(root / "model", "llama", torch.bfloat16)
+    save_model(root / "later", "llama", torch.bfloat16, seed=1)
+    save_model(root / "other", "gpt2")
+    save_adapter(root / "patch", root / "model")
+    return root
+
+
+def changed(made: Path, out: Path, change: Any) -> Path:
+    """A copy of the patch with its tensors changed."""
+    shutil.copytree(made / "patch", out)
+    tensors = load_file(out / ADAPTER)
+    save_file({name: change(name, tensor) for name, tensor in tensors.items()}, out / ADAPTER)
+    return out
+
+
+def test_a_patch_fits_the_model_it_was_trained_on(made: Path) -> None:
+    verdict = check(made / "model", made / "patch")
+    assert (verdict.fits, verdict.findings, verdict.targets, verdict.ranks) == (True, [], 14, [4])
+    assert (verdict.patch_dtypes, verdict.model_dtype) == (["F32"], "bfloat16")
+
+
+def test_another_version_is_a_warning_and_another_architecture_a_mismatch(made: Path) -> None:
+    later = check(made / "later", made / "patch")
+    assert later.fits and [f.what for f in later.findings] == ["base_model_name_or_path"]
+    other = check(made / "other", made / "patch")
+    assert not other.fits and sum(f.kind == "mismatch" for f in other.findings) == 14
+    assert "another architecture" in other.findings[0].reason
+
+
+def test_values_are_looked_at(made: Path, tmp_path: Path) -> None:
+    zero = changed(made, tmp_path / "zero", lambda name, t: t * 0 if "lora_B" in name else t)
+    assert [f.reason for f in check(made / "model", zero).findings] == ["is zero everywhere: the patch changes nothing"]
+    half = changed(made, tmp_path / "half", lambda name, t: t * 0 if "0.self_attn.q_proj.lora_B" in name else t)
+    assert check(made / "model", half).fits and "zero lora_B" in check(made / "model", half).findings[0].reason
+    bad = changed(made, tmp_path / "bad", lambda name, t: t.fill_(torch.nan) if "q_proj.lora_A" in name else t)
+    verdict = check(made / "model", bad)
+    assert not verdict.fits and "NaN" in verdict.findings[0].reason
+
+
+def test_a_patch_with_other_tokens_does_not_fit(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    patch = changed(made, tmp_path / "patch", lambda name, t: t)
+    (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
+    (patch / "tokenizer.json").write_text('{"a": 1}')
+    assert check(tmp_path / "model", patch).fits
+    (patch / "tokenizer.json").write_text('{"a": 2}')
+    assert [f.what for f in check(tmp_path / "model", patch).findings] == ["tokenizer.json"]
+
+
+def test_the_commands_speak_in_words_and_in_json(made: Path) -> None:
+    model, patch = made / "model", made / "patch"
+    assert "fits" in portllm("check", "--model", model, "--patch", patch)
+    assert "does not fit" in said(made, "check", "--model", made / "other", "--patch", patch)
+    assert json.loads(portllm("check", "--model", model, "--patch", patch, "--json"))[0]["fits"] is True
+    shown = portllm("inspect", patch)
+    assert "q_proj" in shown and "down_proj" in shown and "alpha" in shown and len(shown.splitlines()) < 25
+    assert json.loads(portllm("inspect", patch, "--json"))[0]["about"]["targets"] == 14
+    words = portllm("diagnose", patch, "--model", made / "later", "--base", model)
+    assert "‖θₜ − θ₀‖ / ‖θ₀‖" in words and "absorbed" in words
+    found = json.loads(portllm("diagnose", patch, "--other", patch, "--json"))[0]
+    assert found["total"]["residual_of_patch"] < 1e-6
+    assert "give --model" in portllm("diagnose", patch, "--base", model, code=2)
+
+
+def said(made: Path, *arguments: object) -> str:
+    """Standard output of a command that ends with 1."""
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-m", "portllm", *map(str, arguments)], capture_output=True, text=True)
+    assert found.returncode == 1, found.stderr
+    return found.stdout
