@@ -152,30 +152,46 @@ def run(
 
     asked, facts, planned = _planned(study, override)
     _require_pinned(planned, study)
-    kept = _store(asked, study, store).create()
-    kept.recover()
+    kept = _store(asked, study, store)
+    _require_room(planned, kept, address)
+    kept.create().recover()
     published = kept.published(step.stage for step in planned.steps.values())
     missing = [step for key, step in planned.steps.items() if key not in published]
     if not json and missing and not yes and sys.stdin.isatty():
         print(plan_text(planned, facts, published, str(kept.root)))
         typer.confirm("Run it?", abort=True, default=True)
-    report = _run(asked, planned, kept, missing, address, quiet=json)
+    command = _command(study, override)
+    report = _run(asked, planned, kept, missing, address, json, command)
     if json:
         _print_json(report | {"study": planned.name, "published_before": len(published & planned.steps.keys())})
     if report["failed"]:
         raise typer.Exit(1)
 
 
-def _run(asked: Study, planned: Plan, kept: Store, missing: list[Step], address: str | None, quiet: bool) -> Any:
+def _run(
+    asked: Study, planned: Plan, kept: Store, missing: list[Step], address: str | None, quiet: bool, command: str
+) -> Any:
     """Execute the missing steps; a finished study starts neither Ray nor MLflow."""
     from portllm.engine.start import nothing_to_do, run_plan
-    from portllm.report.build import write_outcome
+    from portllm.report.build import report_path, write_outcome
 
-    if not missing:
-        if not quiet:
-            print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
-        return nothing_to_do()
-    return run_plan(asked, planned, kept, address, quiet, lambda: write_outcome(asked, planned, kept))
+    if missing:
+        return run_plan(asked, planned, kept, address, quiet, lambda: write_outcome(asked, planned, kept, command))
+    if not quiet:
+        print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
+    if not report_path(asked, kept).is_file():  # the run that published the last of them was killed right after
+        from portllm.track.study import rebuild_study
+
+        write_outcome(asked, planned, kept, command)
+        rebuild_study(asked, planned, kept)
+    return nothing_to_do()
+
+
+def _command(study: Path, override: list[str] | None) -> str:
+    """What makes the very same study again."""
+    import shlex
+
+    return shlex.join(["portllm", "run", study.name, *(part for o in override or [] for part in ("-o", o))])
 
 
 @app.command()
@@ -250,7 +266,7 @@ def report(
 
     asked, _, planned = _planned(study, override)
     kept = _store(asked, study, store)
-    print(write_report(asked, planned, kept, output or report_path(asked, kept)))
+    print(write_report(asked, planned, kept, output or report_path(asked, kept), _command(study, override)))
 
 
 @app.command()
@@ -259,7 +275,12 @@ def track(study: StudyFile, override: Overrides = None, store: StoreOption = Non
     from portllm.track.study import rebuild_study
 
     asked, _, planned = _planned(study, override)
-    print(rebuild_study(asked, planned, _store(asked, study, store)))
+    said, warnings = rebuild_study(asked, planned, _store(asked, study, store))
+    for warning in warnings:
+        print(f"error: {warning}", file=sys.stderr)
+    if warnings:
+        raise typer.Exit(1)
+    print(said)
 
 
 @app.command()
@@ -442,7 +463,25 @@ def _store(study: Study, file: Path, option: Path | None) -> Store:
     chosen = option or (file.parent / study.store if study.store else Path("portllm-store"))
     if ":/" in str(chosen):
         raise SpecError(f"store {chosen}: a store is a directory; object storage is not supported yet")
+    if chosen.exists() and not chosen.is_dir():
+        raise SpecError(f"store {chosen}: is a file; a store is a directory")
     return Store(chosen)
+
+
+def _require_room(planned: Plan, kept: Store, address: str | None) -> None:
+    """On this machine alone: a step that it cannot hold is refused before anything is started or written."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        return
+    cores, accelerated = len(os.sched_getaffinity(0)), any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd")))
+    for step in planned.steps.values():
+        layout = step.layout
+        fits = layout.workers * layout.threads <= cores and (accelerated or not layout.gpus)
+        if not fits and not kept.has(step.stage, step.key):
+            raise SpecError(
+                f"{step.label} asks for {layout.workers} x ({layout.threads} CPUs, {layout.gpus} GPUs), this machine "
+                f"has {cores} CPUs{'' if accelerated else ' and no GPU'}: lower resources.{step.stage}, or give "
+                "--address of a larger cluster"
+            )
 
 
 def _require_pinned(planned: Plan, file: Path) -> None:

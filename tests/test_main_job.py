@@ -136,6 +136,29 @@ def test_a_second_run_executes_nothing_and_is_quick(finished):
     assert time.monotonic() - begin < 5
 
 
+def test_a_run_killed_after_its_last_step_gets_its_report_from_the_next(finished):
+    from mlflow.tracking import MlflowClient
+
+    world, store, _ = finished
+    report, table = (store / "studies" / "toy" / name for name in ("report.html", "results.parquet"))
+    for file in (report, table):
+        file.unlink()
+    assert json.loads(portllm("run", world, "--store", store, "--yes", "--json"))["steps_executed"] == 0
+    assert report.is_file() and table.is_file()
+    assert _runs(MlflowClient(f"sqlite:///{store / 'mlflow.db'}")) == _runs_of(world, store)
+
+
+def test_tracking_that_fails_is_an_error_of_track(finished):
+    world, store, _ = finished
+    assert "error: " in portllm("track", world, "--store", store, code=1, MLFLOW_TRACKING_URI="bogus://x")
+
+
+def test_a_cluster_that_does_not_answer_is_one_error(finished, tmp_path):
+    world, _, _ = finished
+    error = portllm("run", world, "--store", tmp_path / "s", "--yes", "--address", "127.0.0.1:9", code=1)
+    assert error.startswith("error: no Ray at 127.0.0.1:9: Connection refused") and error.count("\n") == 1
+
+
 def test_a_task_added_later_runs_only_its_own_cells(finished):
     world, store, _ = finished
     more = "tasks=[{task: mood, include_path: tasks}, {task: tone, include_path: tasks}]"
@@ -213,10 +236,12 @@ tracking: {enabled: false}
         "tasks=[nope]",
         "corpora.c.path=none.txt",
         "models.m={hub: a/b}",
+        "resources={finetune: {workers: 64}}",
+        "resources={evaluate: {gpus: 1}}",
     ],
 )
 def test_bad_input_is_one_error_exit_code_two_and_nothing_written(finished, tmp_path, override):
     world, _, _ = finished
     error = portllm("run", world, "--store", tmp_path / "s", "--yes", "-o", override, code=2)
-    assert error.startswith("error: ") and "Traceback" not in error
+    assert error.startswith("error: ") and "Traceback" not in error and error.count("error: ") == 1
     assert not (tmp_path / "s").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
 import ray
@@ -31,6 +32,8 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        _require_answer(address)
     options = (
         {"address": address}
         if address
@@ -47,6 +50,17 @@ def _connect(address: str | None) -> bool:
         where = f"at {address}" if address else "on this machine"
         raise EngineError(f"no Ray {where}: {str(error).splitlines()[0]}") from error
     return True
+
+
+def _require_answer(address: str) -> None:
+    """Ray retries an address where nobody listens for minutes, with warnings only."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local": Ray's own words
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise EngineError(f"no Ray at {address}: {error.strerror or error}; is the cluster up?") from None
 
 
 def nodes() -> dict[str, Size]:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from portllm.engine.schedule import Schedule
     from portllm.study.steps import Step
+
+
+LEFT_OUT = {
+    "dropped_leaks": "training rows are evaluated documents and were left out",
+    "dropped_long": "training rows are longer than the model reads and were left out",
+    "truncated": "requests were cut to the model's window",
+}
+"""Counts of a step's summary that a user should see at once."""
 
 
 @dataclass
@@ -44,10 +53,11 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def done(self, step: Step, wall: float, schedule: Schedule, before: int) -> None:
-        """A step was published."""
+    def done(self, step: Step, wall: float, summary: Mapping[str, Any], schedule: Schedule, before: int) -> None:
+        """A step was published; what it left out is said."""
         count = len(schedule.published)
-        self.line(f"[{count}/{self.total}] {step.label}  {wall:.1f} s")
+        notes = "".join(f"; {n} {words}" for name, words in LEFT_OUT.items() if (n := summary.get(name)))
+        self.line(f"[{count}/{self.total}] {step.label}  {wall:.1f} s{notes}")
         self.show(schedule, before)
 
     def show(self, schedule: Schedule, before: int) -> None:

@@ -258,7 +258,7 @@ class Runner:
         self.schedule.publish(step.key)
         self.report.executed.append(step.label)
         self.published(step)
-        self.progress.done(step, outcome.wall_s, self.schedule, self.before)
+        self.progress.done(step, outcome.wall_s, outcome.summary, self.schedule, self.before)
 
     def _fail(self, step: Step, outcome: Outcome) -> None:
         failure = outcome.failure

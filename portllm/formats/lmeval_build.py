@@ -164,6 +164,8 @@ def _why(source: TaskSource, error: Exception) -> str:
     if source.data is None and (isinstance(error, OSError) or "Hub" in str(error)):
         return (f"{name}: its data set cannot be read from the hub ({type(error).__name__}: {error}); go online, or "
                 f"put train.parquet and validation.parquet under data_root/{source.name}")  # fmt: skip
+    if isinstance(error, IndexError):  # lm-eval looks the first document's label up among the choices
+        return f"{name}: {file_of(source, False)}, document 0: its label is none of the choices"
     return f"{name} cannot be built: {type(error).__name__}: {error}"
 
 

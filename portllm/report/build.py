@@ -35,12 +35,12 @@ def print_results(study: Study, plan: Plan, store: Store, format: str, output: P
         raise SpecError(f"--format {format}: one of table, csv, json, parquet")
 
 
-def write_report(study: Study, plan: Plan, store: Store, path: Path) -> Path:
-    """Write the page; returns its path."""
+def write_report(study: Study, plan: Plan, store: Store, path: Path, command: str) -> Path:
+    """Write the page; returns its path. `command`: what makes this very study again."""
     from portllm.report.html import render
 
     found = rows(plan.cells, store)
-    page = render(_facts(study, store), found, study_verdicts(study, plan, store), trainings(plan, store))
+    page = render(_facts(study, store, command), found, study_verdicts(study, plan, store), trainings(plan, store))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
@@ -51,14 +51,14 @@ def report_path(study: Study, store: Store) -> Path:
     return store.paths.study(study.name) / "report.html"
 
 
-def write_outcome(study: Study, plan: Plan, store: Store) -> list[Path]:
+def write_outcome(study: Study, plan: Plan, store: Store, command: str) -> list[Path]:
     """What a run leaves for its user in the store: the rows and the page. Nothing while no cell is published."""
     from portllm.report.table import write_rows
 
     found = rows(plan.cells, store)
     if not found:
         return []
-    page = write_report(study, plan, store, report_path(study, store))
+    page = write_report(study, plan, store, report_path(study, store), command)
     table = page.with_name("results.parquet")
     write_rows(found, "parquet", table)
     return [table, page]
@@ -71,7 +71,7 @@ def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:
     )
 
 
-def _facts(study: Study, store: Store) -> dict[str, Any]:
+def _facts(study: Study, store: Store, command: str) -> dict[str, Any]:
     """What the page says was asked."""
     shown = study.model_dump(exclude_defaults=True, exclude_none=True)
     return {
@@ -80,10 +80,10 @@ def _facts(study: Study, store: Store) -> dict[str, Any]:
         "lineages": shown["lineages"],
         "tasks": [t.task for t in study.tasks],
         "arms": study.arms,
-        "seeds": study.finetune.seeds if study.finetune else [],
+        "fine-tuning": shown.get("finetune", {}),
         "store": store.root.name,
         "libraries": {"portllm": __version__} | {name: version(name) for name in _LIBRARIES},
-        "command": f"portllm run {study.name}.yaml",
+        "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -19,7 +19,18 @@ from portllm.report.costs import Cost, costs, device_s
 from portllm.report.table import title
 from portllm.report.verdicts import ARMS, Row, Verdict
 
-STUDY = ("description", "models", "lineages", "tasks", "arms", "seeds", "store", "libraries", "command", "created")
+STUDY = (
+    "description",
+    "models",
+    "lineages",
+    "tasks",
+    "arms",
+    "fine-tuning",
+    "store",
+    "libraries",
+    "command",
+    "created",
+)
 """What `study` may hold besides `name`."""
 OPEN_ROWS = 30
 """Longer tables start folded."""
@@ -64,7 +75,7 @@ def _asked(study: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     groups = [
         (part, [(name, text.described(value)) for name, value in found.items()]) for part, found in named if found
     ]
-    plain = [(part, study.get(part)) for part in ("tasks", "arms", "seeds")]
+    plain = [(part, study.get(part)) for part in ("tasks", "arms", "fine-tuning")]
     lists = [(part, ", ".join(text.described(value) for value in _listed(found))) for part, found in plain if found]
     return groups + ([("grid", lists)] if lists else [])
 
@@ -82,6 +93,8 @@ def _counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 def headline(verdicts: Sequence[Verdict], steps: Sequence[Mapping[str, Any]]) -> str:
     """The study's answer in one or two sentences, made from its numbers only."""
     counts, total = _counts(verdicts), sum(verdict.decision is not None for verdict in verdicts)
+    if not total and any(verdict.t and "port" in verdict.arms for verdict in verdicts):
+        return "Nothing was refitted, so there is nothing to decide: the tables show what the old patch scores."
     if not total:
         return "There is nothing to decide yet: no patch was evaluated on an updated version."
     parts = [f"the old patch is good enough in {counts['port']} of {total} cases"]

@@ -269,8 +269,12 @@ def _adjusted(found: Sequence[Verdict]) -> list[float | None]:
 
 
 def _decided(verdict: Verdict, p: float | None) -> Verdict:
-    if verdict.t == 0 or not {"port", "refit"} & set(verdict.arms):
-        return verdict if verdict.t == 0 else replace(verdict, why="no patch was evaluated here")
+    if verdict.t == 0:
+        return verdict
+    if not {"port", "refit"} <= set(verdict.arms):
+        patched = {"port", "refit"} & set(verdict.arms)
+        missing = " and no ".join(sorted({"port", "refit"} - patched))
+        return replace(verdict, why=f"no {missing} to compare with" if patched else "no patch was evaluated here")
     decision, why = decide(verdict.regret, verdict.margin, p)
     if decision == "port" and not (_above(verdict.lift) or _above(verdict.gain)):
         why += ", but neither arm beats `none`: the patch does nothing here"

@@ -1,7 +1,7 @@
 """Corpora: the file, its columns, that it is not empty, and which documents hold an evaluated prompt."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from string import Formatter
@@ -42,10 +42,26 @@ def screened(name: str, corpus: Corpus, facts: CorpusFacts, prompts: Prompts) ->
     """The facts with the rows that hold an evaluated prompt."""
     source = Path(facts.source.path) if facts.source else None
     try:
-        documents = texts.documents(text_recipe(corpus, facts.format), source)
-        return replace(facts, excluded=hits(documents, prompts()))
+        counted = _Counted(texts.documents(text_recipe(corpus, facts.format), source))
+        excluded = hits(counted, prompts())
+        if not counted.text:
+            raise ResolveError("no document holds any text; look at `text` or `template`")
+        return replace(facts, excluded=excluded)
     except ResolveError as error:
         raise ResolveError(f"corpora.{name}: {error}") from None
+
+
+class _Counted:
+    """Documents, and whether any of them held text."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self.documents = documents
+        self.text = False
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents:
+            self.text = self.text or bool(document and not document.isspace())
+            yield document
 
 
 def _try_generator(field: str, corpus: Corpus) -> None:

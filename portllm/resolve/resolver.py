@@ -10,7 +10,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 from portllm import __version__
-from portllm.errors import SpecError
+from portllm.errors import ResolveError, SpecError
 from portllm.resolve.corpora import corpus_facts, screened
 from portllm.resolve.digests import DigestCache, cache_directory, stat_signature, write_cache
 from portllm.resolve.lock import apply_lock, hub_ids, lock_path, read_lock
@@ -28,14 +28,17 @@ def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]
         raise SpecError(
             f"{file}: cannot be read as a study file: {getattr(error, 'strerror', None) or error}"
         ) from None
-    study, _ = load(text, str(file), overrides)
+    study, document = load(text, str(file), overrides)
     pins = read_lock(file)
     study = apply_lock(study, pins)
     remembered = _Remembered(file, text, overrides)
     facts = remembered.load()
     if facts is None:
         sources = Sources(file.resolve().parent, DigestCache())
-        facts = resolve(study, sources, pins)
+        try:
+            facts = resolve(study, sources, pins)
+        except (SpecError, ResolveError) as error:
+            raise type(error)(document.located(str(error))) from None
         sources.digests.save()
         remembered.save(facts, sources.seen)
     return study, facts

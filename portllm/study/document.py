@@ -33,6 +33,23 @@ class Document:
                 return f"{self.name}:{self.lines[location[:size]]}: {field}".rstrip(": ")
         return f"{self.name}: {field}".rstrip(": ")
 
+    def located(self, message: str) -> str:
+        """A message that begins with a field (`models.m.path: …`) or a task (task `sst2`: …), with file and line."""
+        if message.startswith(f"{self.name}:"):
+            return message
+        if task := re.match(r"tasks?[ .]`?([\w.-]+)`?", message):
+            listed = self.data.get("tasks")
+            names = [t.get("task") if isinstance(t, dict) else t for t in listed] if isinstance(listed, list) else []
+            if task[1] in names:
+                place = self.where(("tasks", names.index(task[1]))).rpartition(": ")[0]
+                return f"{place}: {message}"
+        field = re.match(r"[a-z_]+(?:\.[^:\s\[.]+|\[\d+\])*", message)
+        parts = re.findall(r"[^.\[\]]+|\[\d+\]", field[0]) if field else []
+        if not parts or parts[0] not in self.data:
+            return f"{self.name}: {message}"
+        location = tuple(int(p[1:-1]) if p.startswith("[") else p for p in parts)
+        return f"{self.where(location).removesuffix(dotted(location)).rstrip(': ')}: {message}"
+
 
 def dotted(location: Location) -> str:
     """`lineages.lora.updates[0].rank` for a location."""

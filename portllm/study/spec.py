@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from portllm.errors import SpecError
 from portllm.study.complaints import complaint, did_you_mean
@@ -32,6 +32,7 @@ def _number(value: Any) -> Any:
 
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")]
 
 
 def _targets(value: Any) -> Any:
@@ -50,6 +51,15 @@ def _targets(value: Any) -> Any:
 
 Targets = Annotated[str | list[Text], BeforeValidator(_targets, json_schema_input_type=str | list[str])]
 """`all-linear`, module names (the last part is enough), or a regular expression of whole names."""
+
+
+def _distinct(value: list[int]) -> list[int]:
+    if len(set(value)) != len(value):
+        raise ValueError("a seed stands twice")
+    return value
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 
 
 def _listed(value: Any) -> Any:
@@ -126,7 +136,7 @@ class FinetuneChange(Strict):
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     dtype: Dtype | None = None
-    seeds: list[Seed] | None = Field(None, min_length=1)
+    seeds: Seeds | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> "FinetuneChange":
@@ -148,7 +158,7 @@ class Finetune(Training):
     epochs: Rate | None = None
     steps: Count | None = None
     """Optimizer steps, instead of epochs."""
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: Seeds = [0]
 
     @model_validator(mode="after")
     def _one_length(self) -> "Finetune":
@@ -172,7 +182,7 @@ class Model(Strict):
 
     path: Text | None = None
     """Directory with config.json, tokenizer and safetensors."""
-    hub: Text | None = None
+    hub: HubId | None = None
     """Hugging Face id; needs a revision to run."""
     revision: str | None = None
     """Full commit sha."""
@@ -198,7 +208,7 @@ class Corpus(Strict):
 
     path: Text | None = None
     """A .parquet, .jsonl or .txt file (a text file's documents are its lines)."""
-    hub: Text | None = None
+    hub: HubId | None = None
     subset: str | None = None
     revision: str | None = None
     """Full commit sha."""
@@ -236,7 +246,7 @@ class Update(Optimizer):
 
     path: Text | None = None
     """A given version: model directory with the same tensor names and shapes."""
-    hub: Text | None = None
+    hub: HubId | None = None
     revision: str | None = None
     corpus: str | None = None
     method: Literal["lora", "full"] | None = None
@@ -276,7 +286,7 @@ class Lineage(Strict):
 
     model: str
     updates: list[Update] = []
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: Seeds = [0]
     """Seeds of the updates: one lineage for each."""
 
 
@@ -475,7 +485,24 @@ def _known(word: str, known: Any, location: Location, document: Document) -> Non
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a study file, for editors."""
-    schema = Study.model_json_schema()
+    schema: dict[str, Any] = _as_written(Study.model_json_schema())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "portllm study"
     return schema
+
+
+_WRITTEN = {"integer": r"^[-+]?[0-9][0-9_]*$", "number": r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?$"}
+"""Numbers that this tool reads and an editor's YAML takes for text: `500_000` (YAML 1.2), `5e-4` (YAML 1.1)."""
+
+
+def _as_written(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_as_written(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: _as_written(value) for key, value in schema.items()}
+    kind = inner.get("type")
+    if not isinstance(kind, str) or kind not in _WRITTEN:
+        return inner
+    outer = {key: inner.pop(key) for key in ("title", "default", "description") if key in inner}
+    return {"anyOf": [inner, {"type": "string", "pattern": _WRITTEN[kind]}], **outer}

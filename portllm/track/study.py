@@ -22,18 +22,17 @@ def open_mirror(study: Study, store: Store) -> Mirror | None:
     return Mirror(**_place(study, store))
 
 
-def rebuild_study(study: Study, plan: Plan, store: Store) -> str:
-    """Write every published training and cell that MLflow lacks; says what it did."""
+def rebuild_study(study: Study, plan: Plan, store: Store) -> tuple[str, list[str]]:
+    """Write every published training and cell that MLflow lacks; says what it did, and what it could not do."""
     if not study.tracking.enabled:
-        return f"{study.name}: tracking is switched off (tracking.enabled)"
+        return f"{study.name}: tracking is switched off (tracking.enabled)", []
     from portllm.track.mlflow_mirror import rebuild
 
     steps, found = trainings(plan, store), rows(plan.cells, store)
     artifacts = [path for path in study_artifacts(study.name, store) if path.is_file()]
     place = _place(study, store)
     warnings = rebuild(**place, steps=steps, rows=found, artifacts=artifacts)
-    text = f"{study.name}: {len(steps)} trainings and {len(found)} result rows are in {place['uri']}"
-    return "\n".join([text, *(f"warning: {w}" for w in warnings)])
+    return f"{study.name}: {len(steps)} trainings and {len(found)} result rows are in {place['uri']}", warnings
 
 
 def study_artifacts(name: str, store: Store) -> list[Any]:

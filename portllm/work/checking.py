@@ -91,9 +91,7 @@ def _copies(adapter: Adapter, tensors: Mapping[str, TensorEntry]) -> Iterator[Fi
 def _origin(adapter: Adapter, model: Path, patch: Path) -> Iterator[Finding]:
     """What the patch says of its base, and the tokenizer it came with."""
     if adapter.base and Path(adapter.base).name not in (model.name, model.resolve().name):
-        yield Finding(
-            "warning", "base_model_name_or_path", f"names {adapter.base}: another version, or model"
-        )
+        yield Finding("warning", "base_model_name_or_path", f"names {adapter.base}: another version, or model")
     for name in TOKENIZER_FILES:
         mine, theirs = patch / name, model / name
         if name in _SAME_TOKENS and mine.is_file() and theirs.is_file() and sha256(mine) != sha256(theirs):

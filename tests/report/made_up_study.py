@@ -101,7 +101,7 @@ class MadeUp:
 def make() -> MadeUp:
     study = {
         "name": "made-up", "models": {"tiny": {"init": "mistral", "layers": 2}}, "tasks": ["easy", "hard"],
-        "seeds": [1, 2],
+        "fine-tuning": {"rank": 8, "seeds": [1, 2]},
         "lineages": {"lora": {"model": "tiny", "updates": [{"corpus": "near", "method": "lora", "tokens": 100_000}]},
                   "full": {"model": "tiny", "updates": [{"corpus": "far", "method": "full", "tokens": 100_000}]}},
         "arms": ["none", "port", "refit"], "store": "./portllm-store",

@@ -93,11 +93,12 @@ def test_a_study_without_results_has_a_page_too() -> None:
     Balanced().feed(page)
 
 
-def test_a_study_without_refit_trains_nothing_and_says_unsure(made_up: MadeUp) -> None:
+def test_a_study_without_refit_has_nothing_to_decide(made_up: MadeUp) -> None:
     rows = [row for row in made_up.rows if row["arm"] != "refit"]
     found = verdicts(rows, made_up.items)
     page = render(made_up.study, rows, found, [])
-    assert 'class="verdict unsure"' in page
+    assert 'class="verdict unsure"' not in page
+    assert "Nothing was refitted" in page
     assert "What it costs" not in page
 
 

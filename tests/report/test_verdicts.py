@@ -62,7 +62,8 @@ def test_an_arm_that_was_not_run_leaves_its_comparisons_empty(made_up: MadeUp) -
         assert verdict.regret is None
         assert verdict.retention is None
         assert verdict.lift is not None
-        assert verdict.decision == ("unsure" if verdict.t else None)
+        assert verdict.decision is None
+        assert verdict.why == ("no refit to compare with" if verdict.t else "the patch was trained here")
     bare = verdicts([r for r in made_up.rows if r["arm"] == "none"], made_up.items)
     assert len(bare) == 12
     assert {v.decision for v in bare} == {None}

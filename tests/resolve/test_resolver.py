@@ -56,6 +56,39 @@ def test_what_a_study_names_must_exist_and_fit(world, override, message):
         open_study(world, [override])
 
 
+@pytest.mark.parametrize(
+    "override, place",
+    [
+        ("models.m.path=nowhere", r"study\.yaml:4: models\.m\.path: "),
+        ("corpora.c.path=none.txt", r"study\.yaml:5: corpora\.c\.path: "),
+        ("tasks=[{task: mood, include_path: nowhere}]", r"study\.yaml:\d+: tasks\.mood\.include_path: "),
+        ("lineages.soft.updates=[{path: data}]", r"study\.yaml:7: lineages\.soft\.updates\[0\]\.path: "),
+    ],
+)
+def test_what_does_not_exist_is_named_with_file_and_line(world, override, place):
+    with pytest.raises((ResolveError, SpecError), match=place):
+        open_study(world, [override])
+
+
+def test_a_label_outside_the_choices_is_told_in_either_file(copy):
+    import pyarrow.parquet as pq
+
+    for split in ("validation", "train"):
+        file = copy.parent / "data" / "mood" / f"{split}.parquet"
+        kept = file.read_bytes()
+        rows = [row | {"label": 2} for row in pq.read_table(file).to_pylist()]
+        write_parquet(file, rows)
+        with pytest.raises(ResolveError, match=rf"task `mood`: .*{split}\.parquet, document 0"):
+            open_study(copy)
+        file.write_bytes(kept)
+
+
+def test_a_corpus_without_any_text_is_empty(copy):
+    write_parquet(copy.parent / "null.parquet", [{"text": None, "n": 1}, {"text": "  ", "n": 2}])
+    with pytest.raises(ResolveError, match="no document holds any text"):
+        open_study(copy, ["corpora.c={path: null.parquet, text: text}"])
+
+
 def test_an_empty_corpus_is_refused(copy):
     (copy.parent / "corpus.txt").write_text("\n \n")
     with pytest.raises(ResolveError, match="is empty"):

@@ -1,6 +1,7 @@
 """The study file's fields: what is refused, and how it says so."""
 
 import json
+from typing import Any
 
 import jsonschema
 import pytest
@@ -28,6 +29,8 @@ from tests.study.worlds import TEXT, study
         ("resources.finetune={offload: true, zero: 0}", r"resources\.finetune: offload needs a ZeRO stage"),
         ("finetune.rank=0", r"finetune\.rank\[0\]: .*greater than or equal to 1"),
         ("finetune.seeds=[]", r"finetune\.seeds"),
+        ("finetune.seeds=[1, 1]", r"finetune\.seeds: a seed stands twice"),
+        ("models.m={hub: 'not an id!'}", r"models\.m\.hub"),
         ("finetune.learning_rate=-1", r"finetune\.learning_rate: .*greater than 0"),
         ("finetune.learning_rate=.inf", r"finetune\.learning_rate"),
         ("finetune={learning_rate: 1e-3, steps: 3, epochs: 1}", "epochs or steps, not both"),
@@ -82,3 +85,27 @@ def test_the_schema_accepts_what_the_loader_accepts():
         jsonschema.validate(parse(file.read_text(), file.name).data, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(parse(TEXT, "s.yaml").data | {"naem": "x"}, schema)
+
+
+def _yaml_12(text: str) -> Any:
+    """As an editor reads it: `500_000` is text, and so is `5e-4` to some."""
+    import re
+
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        pass
+
+    Plain.yaml_implicit_resolvers = {
+        key: [
+            (tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        ]
+        for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Plain.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+    return yaml.load(text, Loader=Plain)
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.yaml")))
+def test_the_jobs_are_valid_for_an_editor(job: str) -> None:
+    jsonschema.Draft202012Validator(json_schema()).validate(_yaml_12((ROOT / "jobs" / job).read_text()))
