@@ -105,8 +105,8 @@ def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(world, tmp_pa
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in error
     process = start("run", world, "--store", store, "--yes")
-    lines_until(process, random.choice(["requests mood", "examples mood", "finetune m"]))
-    time.sleep(random.random())
+    lines_until(process, "] ")  # whichever step is the first to be published
+    time.sleep(2 * random.random())
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = artifacts(store)
