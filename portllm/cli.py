@@ -5,17 +5,18 @@ Exit codes: 0 done; 1 something failed while running; 2 the request is wrong and
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from portllm import __version__
+from portllm.cli_patches import app as patches
 from portllm.errors import EngineError, PortllmError, ResolveError, SpecError
+from portllm.terminal import Json, print_json
 
 if TYPE_CHECKING:
     from portllm.store.store import Store
@@ -42,7 +43,6 @@ StoreOption = Annotated[
         "--store", metavar="DIR", envvar="PORTLLM_STORE", help="Where results are kept. Default: ./portllm-store."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StepName = Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of the plan.")]
 
 
@@ -89,9 +89,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a study file, for editors."""
-    from portllm.study.spec import json_schema
+    from portllm.study.schema import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 @app.command()
@@ -103,7 +103,7 @@ def plan(study: StudyFile, override: Overrides = None, store: StoreOption = None
     kept = _store(asked, study, store)
     published = kept.published(step.stage for step in planned.steps.values())
     if json:
-        _print_json(plan_json(planned, facts, published))
+        print_json(plan_json(planned, facts, published))
     else:
         print(plan_text(planned, facts, published, str(kept.root)))
 
@@ -131,7 +131,7 @@ def status(study: StudyFile, override: Overrides = None, store: StoreOption = No
     published = kept.published(step.stage for step in planned.steps.values())
     failed = {k: f[-1] for k in planned.steps if k not in published and (f := kept.failures(k))}
     if json:
-        _print_json(status_json(planned, published, failed))
+        print_json(status_json(planned, published, failed))
     else:
         print(status_text(planned, published, failed))
 
@@ -163,7 +163,7 @@ def run(
     command = _command(study, override)
     report = _run(asked, planned, kept, missing, address, json, command)
     if json:
-        _print_json(report | {"study": planned.name, "published_before": len(published & planned.steps.keys())})
+        print_json(report | {"study": planned.name, "published_before": len(published & planned.steps.keys())})
     if report["failed"]:
         raise typer.Exit(1)
 
@@ -210,7 +210,7 @@ def step(
     outcome = run_step(_one_step(planned, which), planned, kept)
     if outcome.failure:
         raise EngineError(f"{outcome.failure.type}: {outcome.failure.message}; log: {outcome.failure.log}")
-    _print_json(outcome.summary)
+    print_json(outcome.summary)
 
 
 @app.command()
@@ -225,7 +225,7 @@ def explain(
 
     asked, _, planned = _planned(study, override)
     chosen, kept = _one_step(planned, which), _store(asked, study, store)
-    _print_json(
+    print_json(
         {
             "key": chosen.key,
             "label": chosen.label,
@@ -302,85 +302,7 @@ def verify(study: StudyFile, override: Overrides = None, store: StoreOption = No
     print(f"{len(published)} published steps are intact")
 
 
-# --- patches
-
-PatchDirs = Annotated[
-    list[Path], typer.Option("--patch", metavar="DIR", help="A PEFT adapter (repeatable: added in order).")
-]
-
-
-@app.command()
-def apply(
-    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Model directory (safetensors).")],
-    patch: PatchDirs,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")],
-    scale: Annotated[list[float] | None, typer.Option("--scale", help="λ of each patch; default 1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    durable: Annotated[bool, typer.Option("--durable", help="Flush to the disk before the output appears.")] = False,
-    json: Json = False,
-) -> None:
-    """Write a model with patches added: θ + Σ λΔθ, to the bit what PEFT merges, at the speed of a copy."""
-    from portllm.work.apply import How, atomic_apply, paired
-
-    patches = paired(patch, scale or [])
-    with _bytes_shown(quiet=json) as progress:
-        how = How(len(os.sched_getaffinity(0)), durable, progress)
-        summary = atomic_apply(model, patches, out, force, dtype, how)
-    if json:
-        _print_json([summary | {"out": str(out)}])
-    else:
-        print(f"{out}: {summary['touched']} of {summary['tensors']} tensors patched, {summary['bytes'] / 1e9:.2f} GB")
-
-
-PatchDir = Annotated[Path, typer.Argument(metavar="PATCH", help="A PEFT adapter directory.", show_default=False)]
-
-
-@app.command()
-def inspect(patch: PatchDir, json: Json = False) -> None:
-    """Show what a patch is, in one screen."""
-    from portllm.report.patch_text import inspect_text
-    from portllm.work.diagnose import inspect as inspect_patch
-
-    facts = inspect_patch(patch)
-    _print_json([facts]) if json else print(inspect_text(facts))
-
-
-@app.command()
-def check(
-    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Model directory.")],
-    patch: Annotated[Path, typer.Option("--patch", metavar="DIR", help="A PEFT adapter.")],
-    json: Json = False,
-) -> None:
-    """Say whether a patch fits a model: names, shapes, values, tokenizer. Exit code 1 where it does not."""
-    from portllm.report.patch_text import check_text
-    from portllm.work.checking import check as check_patch
-
-    verdict = check_patch(model, patch).to_json()
-    _print_json([verdict]) if json else print(check_text(verdict, str(patch), str(model)))
-    if not verdict["fits"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-def diagnose(
-    patch: PatchDir,
-    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="The version θₜ it goes onto.")] = None,
-    base: Annotated[Path | None, typer.Option("--base", metavar="DIR", help="θ₀, to compare with the update.")] = None,
-    other: Annotated[
-        Path | None, typer.Option("--other", metavar="DIR", help="Another patch Δθ', for the residual.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Say what a patch will do, without running anything: norms, ranks, what rounding loses, overlap, residuals."""
-    from portllm.report.patch_text import diagnose_text
-    from portllm.work.diagnose import diagnose as diagnose_patch
-
-    if base is not None and model is None:
-        raise SpecError("--base: the update from θ₀ needs the version θₜ as well: give --model")
-    found = diagnose_patch(patch, model, base, other)
-    _print_json([found]) if json else print(diagnose_text(found))
-
+app.add_typer(patches)
 
 # --- a cluster
 
@@ -418,7 +340,7 @@ def jobs(address: Address = None, json: Json = False) -> None:
 
     found = cluster.jobs(address)
     if json:
-        _print_json([vars(job) | {"wall_s": job.wall_s} for job in found])
+        print_json([vars(job) | {"wall_s": job.wall_s} for job in found])
         return
     for job in found:
         wall = f"{job.wall_s:.0f} s" if job.wall_s is not None else "-"
@@ -470,18 +392,13 @@ def _store(study: Study, file: Path, option: Path | None) -> Store:
 
 def _require_room(planned: Plan, kept: Store, address: str | None) -> None:
     """On this machine alone: a step that it cannot hold is refused before anything is started or written."""
-    if address or os.environ.get("RAY_ADDRESS"):
-        return
-    cores, accelerated = len(os.sched_getaffinity(0)), any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd")))
-    for step in planned.steps.values():
-        layout = step.layout
-        fits = layout.workers * layout.threads <= cores and (accelerated or not layout.gpus)
-        if not fits and not kept.has(step.stage, step.key):
-            raise SpecError(
-                f"{step.label} asks for {layout.workers} x ({layout.threads} CPUs, {layout.gpus} GPUs), this machine "
-                f"has {cores} CPUs{'' if accelerated else ' and no GPU'}: lower resources.{step.stage}, or give "
-                "--address of a larger cluster"
-            )
+    from portllm.engine.pool import Budget
+    from portllm.engine.schedule import require_fits
+
+    if not address and not os.environ.get("RAY_ADDRESS"):
+        for step in planned.steps.values():
+            if not kept.has(step.stage, step.key):
+                require_fits(step, Budget.of_this_machine())
 
 
 def _require_pinned(planned: Plan, file: Path) -> None:
@@ -495,27 +412,3 @@ def _one_step(planned: Plan, which: str) -> Step:
         labels = "\n".join(f"  {s.key[:12]}  {s.label}" for s in (found or planned.steps.values()))
         raise SpecError(f"{which}: {'more than one step' if found else 'no step'} of that name; the plan has\n{labels}")
     return found[0]
-
-
-@contextlib.contextmanager
-def _bytes_shown(quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A line with what was written so far, on a terminal."""
-    written = 0
-
-    def show(count: int) -> None:
-        nonlocal written
-        written += count
-        print(f"\r{written / 1e9:.2f} GB written", end="", file=sys.stderr, flush=True)
-
-    on_terminal = not quiet and sys.stderr.isatty()
-    try:
-        yield show if on_terminal else lambda count: None
-    finally:
-        if on_terminal and written:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=1, default=str))

@@ -21,9 +21,9 @@ from portllm.engine.failures import DIED, Decision, Failure, decide
 from portllm.engine.gang import run_gang
 from portllm.engine.pool import Budget, Size
 from portllm.engine.progress import Progress
-from portllm.engine.schedule import Schedule, VersionId, size_of
+from portllm.engine.schedule import Schedule, VersionId, require_fits, size_of
 from portllm.engine.workers import start_worker
-from portllm.errors import EngineError, SpecError
+from portllm.errors import EngineError
 from portllm.store.store import Store
 from portllm.study.steps import Plan, Step
 
@@ -95,15 +95,7 @@ class Runner:
         self.before = len(self.schedule.published)
         for step in self.plan.steps.values():
             if step.key not in self.schedule.published:
-                self._refuse_too_large(step)
-
-    def _refuse_too_large(self, step: Step) -> None:
-        if not self.budget.can_ever([size_of(step)] * step.layout.workers):
-            held = ", ".join(f"{n.cpus} CPUs and {n.gpus} GPUs" for n in self.budget.nodes.values())
-            raise SpecError(
-                f"{step.label} asks for {step.layout.workers} x ({step.layout.threads} CPUs, {step.layout.gpus} GPUs), "
-                f"the cluster has nodes of {held}: lower resources.{step.stage} or join a larger cluster"
-            )
+                require_fits(step, self.budget)
 
     def run(self) -> Report:
         """Run until nothing can go on."""

@@ -8,7 +8,8 @@ are scored: model loads for evaluation are at most versions × evaluators, never
 from collections import defaultdict
 from collections.abc import Iterable
 
-from portllm.engine.pool import Size
+from portllm.engine.pool import Budget, Size
+from portllm.errors import SpecError
 from portllm.study.steps import Plan, Step
 
 VersionId = tuple[str, ...]
@@ -18,6 +19,16 @@ _FIRST = {"base": 0, "update": 1, "corpus": 2, "requests": 3}
 def size_of(step: Step) -> Size:
     """What one worker of a step holds."""
     return Size(step.layout.threads, step.layout.gpus)
+
+
+def require_fits(step: Step, budget: Budget) -> None:
+    """Raises SpecError for a step that the empty cluster could not hold."""
+    if not budget.can_ever([size_of(step)] * step.layout.workers):
+        held = ", ".join(f"{n.cpus} CPUs and {n.gpus} GPUs" for n in budget.nodes.values())
+        raise SpecError(
+            f"{step.label} asks for {step.layout.workers} x ({step.layout.threads} CPUs, {step.layout.gpus} GPUs), and "
+            f"there are nodes of {held}: lower resources.{step.stage} or join a larger cluster (--address)"
+        )
 
 
 class Schedule:

@@ -27,6 +27,8 @@ STORAGE: Mapping[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "fl
 HEADER_LIMIT = 100_000_000
 """Bytes of JSON: the reference implementation's own limit."""
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+PROVENANCE = "provenance.json"
+"""Beside weights that this tool wrote: what made them."""
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

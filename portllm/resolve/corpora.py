@@ -10,8 +10,8 @@ from portllm.errors import ResolveError, SpecError
 from portllm.formats import text as texts
 from portllm.resolve.screen import hits
 from portllm.resolve.source import Sources
+from portllm.study.conversion import text_recipe
 from portllm.study.facts import CorpusFacts
-from portllm.study.plan import text_recipe
 from portllm.study.spec import Corpus
 
 Prompts = Callable[[], Iterable[str]]

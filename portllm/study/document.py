@@ -26,12 +26,14 @@ class Document:
     """1-based line of every value; overrides have none."""
 
     def where(self, location: Location) -> str:
-        """`file:line: field` of a value, or of its nearest parent that stands in the file."""
-        field = dotted(location)
-        for size in range(len(location), -1, -1):
-            if location[:size] in self.lines:
-                return f"{self.name}:{self.lines[location[:size]]}: {field}".rstrip(": ")
-        return f"{self.name}: {field}".rstrip(": ")
+        """`file:line: field` of a value."""
+        return f"{self.place(location)}: {dotted(location)}".rstrip(": ")
+
+    def place(self, location: Location) -> str:
+        """`file:line` of a value, or of its nearest parent that stands in the file."""
+        sizes = range(len(location), -1, -1)
+        line = next((self.lines[location[:size]] for size in sizes if location[:size] in self.lines), None)
+        return self.name if line is None else f"{self.name}:{line}"
 
     def located(self, message: str) -> str:
         """A message that begins with a field (`models.m.path: …`) or a task (task `sst2`: …), with file and line."""
@@ -41,14 +43,13 @@ class Document:
             listed = self.data.get("tasks")
             names = [t.get("task") if isinstance(t, dict) else t for t in listed] if isinstance(listed, list) else []
             if task[1] in names:
-                place = self.where(("tasks", names.index(task[1]))).rpartition(": ")[0]
-                return f"{place}: {message}"
+                return f"{self.place(('tasks', names.index(task[1])))}: {message}"
         field = re.match(r"[a-z_]+(?:\.[^:\s\[.]+|\[\d+\])*", message)
         parts = re.findall(r"[^.\[\]]+|\[\d+\]", field[0]) if field else []
         if not parts or parts[0] not in self.data:
             return f"{self.name}: {message}"
         location = tuple(int(p[1:-1]) if p.startswith("[") else p for p in parts)
-        return f"{self.where(location).removesuffix(dotted(location)).rstrip(': ')}: {message}"
+        return f"{self.place(location)}: {message}"
 
 
 def dotted(location: Location) -> str:

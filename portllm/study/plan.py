@@ -11,17 +11,15 @@ from typing import Any
 from portllm.errors import SpecError
 from portllm.study import recipes as r
 from portllm.study.complaints import did_you_mean
+from portllm.study.conversion import layout_of, lora_recipe, optimization, text_recipe
 from portllm.study.facts import Facts, Given, TaskFacts
 from portllm.study.keys import step_key
 from portllm.study.resources import Layout
 from portllm.study.spec import (
     ApplyMode,
-    Corpus,
     ExportChoice,
     Finetune,
     Init,
-    Optimizer,
-    StageResources,
     Study,
     Task,
     Update,
@@ -179,7 +177,7 @@ class _Planner:
             recipe, inputs = self._init(model.init, facts.storage)
         elif facts.source is not None:
             inputs = {"source": self._give(facts.source)}
-        layout = _layout(self.study.resources.base)
+        layout = layout_of(self.study.resources.base)
         key = self._add("base", recipe, inputs, f"base {name}", layout, model=name)
         return Version(0, key, tokenizer=key, facts=facts)
 
@@ -201,7 +199,7 @@ class _Planner:
             excluded=facts.excluded,
             tokens=init.tokens,
             sequence_length=init.sequence_length,
-            optimization=_optimization(init, init.learning_rate, init.seed),
+            optimization=optimization(init, init.learning_rate, init.seed),
         )
         return recipe, {"source": self._give(facts.source)} if facts.source else {}
 
@@ -214,7 +212,7 @@ class _Planner:
         assert update.corpus is not None and update.method is not None and update.tokens is not None
         where = f"lineages.{lineage}.updates[{i}]"
         self._check_length(update.sequence_length, version, f"{where}.sequence_length")
-        lora = _lora(update.rank, update.alpha, update.targets) if update.method == "lora" else None
+        lora = lora_recipe(update.rank, update.alpha, update.targets) if update.method == "lora" else None
         if lora:
             _check_lora(lora, version, where)
         start = position.get(update.corpus, 0)
@@ -224,7 +222,7 @@ class _Planner:
             tokens=update.tokens,
             sequence_length=update.sequence_length,
             start=start,
-            optimization=_optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
+            optimization=optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
             lora=lora,
         )
         inputs = version.inputs | {"corpus": self._corpus(update.corpus, version)}
@@ -233,7 +231,7 @@ class _Planner:
             recipe,
             inputs,
             "update " + self._name(lineage, replace(version, t=t), seed),
-            _layout(self.study.resources.update),
+            layout_of(self.study.resources.update),
             lineage=lineage,
             t=t,
             update_seed=seed,
@@ -327,14 +325,14 @@ class _Planner:
     def _finetune(
         self, lineage: str, update_seed: int, version: Version, task: Task, fields: Finetune, rank: int, seed: int
     ) -> str:
-        lora = _lora(rank, fields.alpha, fields.targets)
+        lora = lora_recipe(rank, fields.alpha, fields.targets)
         _check_lora(lora, version, f"finetune (task {task.task})")
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
             lora=lora,
             epochs=epochs,
             steps=fields.steps,
-            optimization=_optimization(fields, fields.learning_rate, seed),
+            optimization=optimization(fields, fields.learning_rate, seed),
         )
         inputs = version.inputs | {"examples": self._examples(task, version, fields.examples)}
         label = f"finetune {self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
@@ -343,7 +341,7 @@ class _Planner:
             recipe,
             inputs,
             label,
-            _layout(self.study.resources.finetune),
+            layout_of(self.study.resources.finetune),
             model=self.study.lineages[lineage].model,
             lineage=lineage,
             t=version.t,
@@ -370,7 +368,7 @@ class _Planner:
             recipe,
             inputs,
             f"evaluate {label}",
-            _layout(self.study.resources.evaluate),
+            layout_of(self.study.resources.evaluate),
             model=model,
             task=task.task,
         )
@@ -419,42 +417,3 @@ def _suffix(rank: int | None, seed: int | None) -> str:
 
 def _matches(choice: ExportChoice, at: Mapping[str, Any]) -> bool:
     return all(value is None or at[name] == value for name, value in choice.model_dump().items())
-
-
-def text_recipe(corpus: Corpus, format: r.Format | None) -> r.Text:
-    """A corpus of the study as a recipe."""
-    return r.Text(
-        format=format,
-        text=corpus.text,
-        template=corpus.template,
-        hub=corpus.hub,
-        subset=corpus.subset,
-        revision=(corpus.revision or "unpinned") if corpus.hub else None,
-        split=corpus.split,
-        generator=corpus.generator,
-        documents=corpus.documents,
-        options=corpus.options,
-        seed=corpus.seed,
-    )
-
-
-def _optimization(fields: Optimizer, learning_rate: float, seed: int) -> r.Optimization:
-    return r.Optimization(
-        learning_rate=learning_rate,
-        batch=fields.batch,
-        seed=seed,
-        schedule=fields.schedule,
-        warmup=fields.warmup,
-        weight_decay=fields.weight_decay,
-        clip=fields.clip,
-        dtype=fields.dtype,
-    )
-
-
-def _lora(rank: int, alpha: float | None, targets: str | list[str]) -> r.Lora:
-    named = targets if isinstance(targets, str) else tuple(targets)
-    return r.Lora(rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=named)
-
-
-def _layout(resources: StageResources) -> Layout:
-    return Layout(**resources.model_dump())

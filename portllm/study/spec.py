@@ -3,72 +3,29 @@
 `load(text, name, overrides)` is the way in. Paths stay as written: `resolve` takes them relative to the study file.
 """
 
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from portllm.errors import SpecError
 from portllm.study.complaints import complaint, did_you_mean
 from portllm.study.document import Document, Location, override, parse
 from portllm.study.recipes import Dtype, Schedule
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Arm = Literal["none", "port", "refit"]
-ApplyMode = Literal["merged", "adapter"]
-Count = Annotated[int, Field(ge=1, le=10**15, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
-Length = Annotated[int, Field(ge=2, le=10**9, strict=True)]
-"""Tokens of a packed sequence: every token but the first is predicted."""
-
-
-def _number(value: Any) -> Any:
-    """A number, and nothing that could be taken for one: neither `true` nor text."""
-    if isinstance(value, (bool, str)):
-        raise ValueError("input should be a number")
-    return value
-
-
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")]
-
-
-def _targets(value: Any) -> Any:
-    """PEFT takes a text for a pattern of whole module names: a bare word matches nothing."""
-    if value == [] or value == "":
-        raise ValueError("give all-linear, or a list of module names")
-    if isinstance(value, str) and value != "all-linear":
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        if re.fullmatch(r"\w+", value):
-            raise ValueError(f"a text is a pattern of whole module names; write [{value}]")
-    return value
-
-
-Targets = Annotated[str | list[Text], BeforeValidator(_targets, json_schema_input_type=str | list[str])]
-"""`all-linear`, module names (the last part is enough), or a regular expression of whole names."""
-
-
-def _distinct(value: list[int]) -> list[int]:
-    if len(set(value)) != len(value):
-        raise ValueError("a seed stands twice")
-    return value
-
-
-Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _one_or_more(kind: Any) -> BeforeValidator:
-    """A value alone stands for a list of one."""
-    return BeforeValidator(_listed, json_schema_input_type=Union[kind, list[kind]])  # noqa: UP007
+from portllm.study.values import (
+    ApplyMode,
+    Arm,
+    Count,
+    HubId,
+    Length,
+    Name,
+    Rate,
+    Seed,
+    Seeds,
+    Targets,
+    Text,
+    one_or_more,
+)
 
 
 class Strict(BaseModel):
@@ -123,7 +80,7 @@ class Init(Training):
 class FinetuneChange(Strict):
     """A model's or task's own fine-tuning fields, laid over the study's."""
 
-    rank: Annotated[list[Count], _one_or_more(Count), Field(min_length=1)] | None = None
+    rank: Annotated[list[Count], one_or_more(Count), Field(min_length=1)] | None = None
     alpha: Rate | None = None
     targets: Targets | None = None
     examples: Count | None = None
@@ -148,7 +105,7 @@ class FinetuneChange(Strict):
 class Finetune(Training):
     """How patches are made: LoRA on a task's own training examples."""
 
-    rank: Annotated[list[Count], _one_or_more(Count), Field(min_length=1)] = [8]
+    rank: Annotated[list[Count], one_or_more(Count), Field(min_length=1)] = [8]
     """One rank or several."""
     alpha: Rate | None = None
     """LoRA alpha; default 2 x rank."""
@@ -322,7 +279,7 @@ NamedPatch = Annotated[
 class EvaluateSettings(Strict):
     """How cells are scored."""
 
-    apply: Annotated[list[ApplyMode], _one_or_more(ApplyMode), Field(min_length=1)] = ["merged"]
+    apply: Annotated[list[ApplyMode], one_or_more(ApplyMode), Field(min_length=1)] = ["merged"]
     dtype: Dtype = "float32"
     score_tokens: Count = 2048
     """Token budget of a scoring batch. Part of the recipe: composition moves last bits."""
@@ -401,7 +358,7 @@ class Study(Strict):
     corpora: dict[Name, Corpus] = {}
     lineages: dict[Name, Lineage] = Field(min_length=1)
     tasks: Annotated[list[NamedTask], Field(min_length=1)]
-    patches: dict[str, Annotated[list[NamedPatch], _one_or_more(NamedPatch), Field(min_length=1)]] = {}
+    patches: dict[str, Annotated[list[NamedPatch], one_or_more(NamedPatch), Field(min_length=1)]] = {}
     """Adapters that exist already, by task; arm `port` uses them instead of training."""
     finetune: Finetune | None = None
     arms: list[Arm] = Field(["none", "port", "refit"], min_length=1)
@@ -481,28 +438,3 @@ def _check_tasks(study: Study, document: Document) -> None:
 def _known(word: str, known: Any, location: Location, document: Document) -> None:
     if word not in known:
         raise SpecError(f"{document.where(location)}: `{word}` is not defined{did_you_mean(word, list(known))}")
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a study file, for editors."""
-    schema: dict[str, Any] = _as_written(Study.model_json_schema())
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "portllm study"
-    return schema
-
-
-_WRITTEN = {"integer": r"^[-+]?[0-9][0-9_]*$", "number": r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?$"}
-"""Numbers that this tool reads and an editor's YAML takes for text: `500_000` (YAML 1.2), `5e-4` (YAML 1.1)."""
-
-
-def _as_written(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_as_written(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    inner = {key: _as_written(value) for key, value in schema.items()}
-    kind = inner.get("type")
-    if not isinstance(kind, str) or kind not in _WRITTEN:
-        return inner
-    outer = {key: inner.pop(key) for key in ("title", "default", "description") if key in inner}
-    return {"anyOf": [inner, {"type": "string", "pattern": _WRITTEN[kind]}], **outer}

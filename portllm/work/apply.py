@@ -9,11 +9,11 @@ is made, while other threads copy.
 
 import functools
 import json
-import math
 import shutil
+import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from portllm.errors import ResolveError, SpecError, StageError
 from portllm.formats.tensors import (
     INDEX,
     ITEMSIZE,
+    PROVENANCE,
     STORAGE,
     TensorEntry,
     encode_header,
@@ -38,10 +39,12 @@ from portllm.work.streaming import Copied, Made, Output, Piece, Progress, write_
 if TYPE_CHECKING:
     import torch
 
+    from portllm.work.patches import Workspace
+
 _SAFETENSORS: dict[str, str] = {torch_name: name for name, torch_name in STORAGE.items()}
 _FLOATING = frozenset({*STORAGE, "F64"})
 _COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
-_OURS = frozenset({"config.json", "provenance.json", "version.json"})
+_OURS = frozenset({"config.json", PROVENANCE, "version.json"})
 """Files written anew, or true of the source only (and every index of shards)."""
 
 
@@ -85,15 +88,6 @@ def stored_as(entry: TensorEntry, dtype: str | None) -> str:
     return _SAFETENSORS[dtype] if dtype is not None and entry.dtype in _FLOATING else entry.dtype
 
 
-def paired(directories: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
-    """Each patch with its λ. Raises `SpecError` for another number of λs, or one that is not finite."""
-    if scales and len(scales) != len(directories):
-        raise SpecError(f"--scale: {len(scales)} for {len(directories)} patches; give one to each, or none")
-    if odd := [scale for scale in scales if not math.isfinite(scale)]:
-        raise SpecError(f"--scale: {odd[0]} is no finite number")
-    return list(zip(directories, scales or [1.0] * len(directories), strict=True))
-
-
 @dataclass(frozen=True)
 class How:
     """Where and how fast; nothing here moves a bit of the result."""
@@ -119,11 +113,12 @@ def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None, ho
     out.mkdir(parents=True, exist_ok=True)
     _copy_companions(source, out)
     _write_config(source, out, dtype)
-    if (model / INDEX).name in {file.name for file in weight_files(model)}:
+    files = weight_files(model)
+    if files[0].name == INDEX:
         _write_index(source, out, dtype)
-    with _tensors(source, how.threads) as made:
-        files = [file for file in weight_files(model) if file.name != INDEX]
-        outputs = [Output(out / file.name, _pieces(source, file, dtype, made)) for file in files]
+    with closing(_Maker(source, how.threads)) as make:
+        shards = [file for file in files if file.name != INDEX]
+        outputs = [Output(out / file.name, _pieces(source, file, dtype, make)) for file in shards]
         write_files(outputs, how.threads, how.durable, how.progress)
     return {
         "tensors": len(source.tensors),
@@ -225,33 +220,27 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-Maker = Callable[[str, str], memoryview]
-"""(tensor's name, dtype to write) → its patched bytes."""
+class _Maker:
+    """(tensor's name, dtype to write) → its patched bytes. torch is imported, once, by the first thread that calls."""
+
+    def __init__(self, source: Source, threads: int) -> None:
+        self.source, self.threads = source, threads
+        self.lock = threading.Lock()
+        self.workspace: Workspace | None = None
+
+    def __call__(self, name: str, dtype: str) -> memoryview:
+        with self.lock:
+            from portllm.work.patches import Workspace, patched
+
+            self.workspace = self.workspace or Workspace(self.threads)
+        return patched(self.source.tensors[name], self.source.changes.get(name, ()), dtype, self.workspace)
+
+    def close(self) -> None:
+        if self.workspace is not None:
+            self.workspace.close()
 
 
-@contextmanager
-def _tensors(source: Source, threads: int) -> Iterator[Maker]:
-    """What makes tensors, in buffers of each thread; torch is imported at the first call."""
-
-    @functools.cache
-    def workspace() -> Any:
-        from portllm.work.patches import Workspace
-
-        return Workspace(threads)
-
-    def make(name: str, dtype: str) -> memoryview:
-        from portllm.work.patches import patched
-
-        return patched(source.tensors[name], source.changes.get(name, ()), dtype, workspace())
-
-    try:
-        yield make
-    finally:
-        if workspace.cache_info().currsize:
-            workspace().close()
-
-
-def _pieces(source: Source, file: Path, dtype: str | None, make: Maker) -> list[Piece]:
+def _pieces(source: Source, file: Path, dtype: str | None, make: _Maker) -> list[Piece]:
     """One shard: runs of bytes to copy, and tensors to make between them."""
     entries, metadata = read_file(file)
     if dtype is None:

@@ -4,6 +4,7 @@ needed, and nothing has been written when a patch turns out not to fit."""
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, read_adapter, require_fits, stored_name
@@ -17,30 +18,18 @@ Applied = tuple[Adapter, float]
 
 @dataclass(frozen=True)
 class Delta:
-    """W + λΔW, and DoRA's lengths where the target has them."""
+    """What a target adds to its layer: λΔW to the weight (and DoRA's lengths), or λ·scale·b_B to the bias."""
 
     adapter: Adapter
     module: str
     scale: float = 1.0
     """λ."""
+    part: Literal["weight", "bias"] = "weight"
 
     @property
     def parameter(self) -> str:
         """Name in the model."""
-        return f"{self.module}.weight"
-
-
-@dataclass(frozen=True)
-class BiasDelta:
-    """b + λ·scale·b_B: the bias of lora_B, added to the layer's own."""
-
-    adapter: Adapter
-    module: str
-    scale: float = 1.0
-
-    @property
-    def parameter(self) -> str:
-        return f"{self.module}.bias"
+        return f"{self.module}.{self.part}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class Replacement:
     parameter: str
 
 
-Change = Delta | BiasDelta | Replacement
+Change = Delta | Replacement
 
 
 def read_patches(patches: Patches, tensors: Mapping[str, TensorEntry], tied: bool) -> list[Applied]:
@@ -87,4 +76,4 @@ def _changes(adapter: Adapter, scale: float) -> Iterator[Change]:
     for module, target in adapter.targets.items():
         yield Delta(adapter, module, scale)
         if target.bias:
-            yield BiasDelta(adapter, module, scale)
+            yield Delta(adapter, module, scale, "bias")

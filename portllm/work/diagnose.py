@@ -15,11 +15,10 @@ from torch import Tensor
 
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, Target, read_adapter, stored_name
-from portllm.formats.tensors import TensorEntry, model_tensors, read_json
+from portllm.formats.tensors import PROVENANCE, TensorEntry, model_tensors, read_json
 from portllm.work.changes import Delta, read_patches
 from portllm.work.patches import DTYPES, add, delta, read_tensor
 
-PROVENANCE = "provenance.json"
 Numbers = dict[str, Any]
 
 
@@ -128,7 +127,10 @@ def _root_mean(values: Sequence[float]) -> float:
 
 def _adapter(patch: Path, version: Mapping[str, TensorEntry]) -> Adapter:
     """A patch that holds deltas; checked against the version where there is one."""
-    return read_patches([(patch, 1.0)], version, tied=False)[0][0] if version else read_adapter(patch)
+    adapter = read_patches([(patch, 1.0)], version, tied=False)[0][0] if version else read_adapter(patch)
+    if adapter.beyond_deltas or not adapter.targets:
+        raise ResolveError(f"{patch}: {adapter.beyond_deltas or 'holds no delta'}: a diagnosis is of deltas only")
+    return adapter
 
 
 def _module(

@@ -9,13 +9,11 @@ from typing import Any
 import portllm
 from portllm.errors import StageError
 from portllm.formats.adapter import read_adapter
-from portllm.formats.tensors import content_digest, read_json
+from portllm.formats.tensors import PROVENANCE, content_digest, read_json
 from portllm.study.recipes import Export
 from portllm.work.apply import apply
 from portllm.work.context import RunContext, Summary
 from portllm.work.versions import materialise, numbered, version_digest, version_inputs
-
-PROVENANCE = "provenance.json"
 
 
 def export(recipe: Export, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import StageError
+from portllm.formats.tensors import PROVENANCE
 from portllm.study.keys import canonical
 from portllm.study.recipes import Finetune
 from portllm.work.batches import Batch, Sequences, examples, finetune_batches
@@ -56,4 +57,4 @@ def write_provenance(recipe: Finetune, ledger: Summary, out: Path) -> None:
         "examples": ledger["examples"],
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")

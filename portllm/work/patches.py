@@ -18,7 +18,7 @@ from torch import Tensor
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, stored_name
 from portllm.formats.tensors import TensorEntry
-from portllm.work.changes import Applied, BiasDelta, Change, Delta, Replacement
+from portllm.work.changes import Applied, Change, Delta, Replacement
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -35,10 +35,11 @@ class Workspace:
     """Buffers of each thread, as large as the largest tensor it worked on."""
 
     def __init__(self, threads: int = 1) -> None:
-        """With several `threads`, each gets one thread of torch's own; `close` gives them back."""
-        self._alone = threads == 1
+        """Several `threads` get one thread of torch's own each; `close` gives torch its threads back."""
         self._held = threading.local()
-        self._before: int | None = None
+        self._before = torch.get_num_threads()
+        if threads > 1:
+            torch.set_num_threads(1)
 
     def take(self, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The thread's buffer of that role, with whatever it held last."""
@@ -47,19 +48,13 @@ class Workspace:
             count *= size
         if not hasattr(self._held, "buffers"):
             self._held.buffers = {}
-            self._one_thread()
         buffer = self._held.buffers.get(role)
         if buffer is None or buffer.numel() < count * dtype.itemsize:
             buffer = self._held.buffers[role] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         return buffer[: count * dtype.itemsize].view(dtype).view(*shape)
 
-    def _one_thread(self) -> None:
-        if not self._alone:
-            self._before = self._before or torch.get_num_threads()
-            torch.set_num_threads(1)
-
     def close(self) -> None:
-        if self._before is not None:
+        if torch.get_num_threads() != self._before:
             torch.set_num_threads(self._before)
 
 
@@ -157,7 +152,7 @@ def _change(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Ten
     if isinstance(change, Replacement):
         return out.copy_(_factor(change.entry, change.parameter))
     target = change.adapter.targets[change.module]
-    if isinstance(change, BiasDelta):
+    if change.part == "bias":
         assert target.bias is not None
         bias_O = _factor(target.bias, change.module) * target.scale
         return out.copy_(W.float() + (bias_O if change.scale == 1.0 else bias_O * change.scale))

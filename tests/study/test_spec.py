@@ -8,7 +8,7 @@ import pytest
 
 from portllm.errors import SpecError
 from portllm.study.document import parse
-from portllm.study.spec import json_schema
+from portllm.study.schema import json_schema
 from tests.conftest import ROOT
 from tests.study.worlds import TEXT, study
 

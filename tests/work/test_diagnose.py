@@ -101,3 +101,10 @@ def test_what_does_not_fit_together_is_refused(made: Path, tmp_path: Path) -> No
     save_model(tmp_path / "other", "mistral", torch.bfloat16)
     with pytest.raises(ResolveError, match="not versions of one model|trained on another"):
         diagnose(made / "p", tmp_path / "other", made / "base")
+
+
+def test_what_is_more_than_deltas_is_not_diagnosed_as_if_it_were_not(made: Path, tmp_path: Path) -> None:
+    name = "q_proj" if made.name.startswith("llama") else "c_fc"
+    dora = save_adapter(tmp_path / "dora", made / "base", target_modules=[name], use_dora=True)
+    with pytest.raises(ResolveError, match=r"\(DoRA\): a diagnosis is of deltas only"):
+        diagnose(dora)
