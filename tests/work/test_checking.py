@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from portllm.cli import main
 from portllm.formats.tensors import ADAPTER
 from portllm.work.checking import check
-from tests.toys import portllm
 from tests.work.checkpoints import save_adapter, save_model
 
 
@@ -67,26 +67,24 @@ def test_a_patch_with_other_tokens_does_not_fit(made: Path, tmp_path: Path) -> N
     assert [f.what for f in check(tmp_path / "model", patch).findings] == ["tokenizer.json"]
 
 
-def test_the_commands_speak_in_words_and_in_json(made: Path) -> None:
+def test_the_commands_speak_in_words_and_in_json(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, patch = made / "model", made / "patch"
-    assert "fits" in portllm("check", "--model", model, "--patch", patch)
-    assert "does not fit" in said(made, "check", "--model", made / "other", "--patch", patch)
-    assert json.loads(portllm("check", "--model", model, "--patch", patch, "--json"))[0]["fits"] is True
-    shown = portllm("inspect", patch)
+
+    def said(*arguments: object, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert ended.value.code == code
+        out, error = capsys.readouterr()
+        return error if code == 2 else out
+
+    assert "fits" in said("check", "--model", model, "--patch", patch)
+    assert "does not fit" in said("check", "--model", made / "other", "--patch", patch, code=1)
+    assert json.loads(said("check", "--model", model, "--patch", patch, "--json"))[0]["fits"] is True
+    shown = said("inspect", patch)
     assert "q_proj" in shown and "down_proj" in shown and "alpha" in shown and len(shown.splitlines()) < 25
-    assert json.loads(portllm("inspect", patch, "--json"))[0]["about"]["targets"] == 14
-    words = portllm("diagnose", patch, "--model", made / "later", "--base", model)
+    assert json.loads(said("inspect", patch, "--json"))[0]["about"]["targets"] == 14
+    words = said("diagnose", patch, "--model", made / "later", "--base", model)
     assert "‖θₜ − θ₀‖ / ‖θ₀‖" in words and "absorbed" in words
-    found = json.loads(portllm("diagnose", patch, "--other", patch, "--json"))[0]
+    found = json.loads(said("diagnose", patch, "--other", patch, "--json"))[0]
     assert found["total"]["residual_of_patch"] < 1e-6
-    assert "give --model" in portllm("diagnose", patch, "--base", model, code=2)
-
-
-def said(made: Path, *arguments: object) -> str:
-    """Standard output of a command that ends with 1."""
-    import subprocess
-    import sys
-
-    found = subprocess.run([sys.executable, "-m", "portllm", *map(str, arguments)], capture_output=True, text=True)
-    assert found.returncode == 1, found.stderr
-    return found.stdout
+    assert "give --model" in said("diagnose", patch, "--base", model, code=2)
