@@ -246,12 +246,16 @@ def results(
     store: StoreOption = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", help="File; parquet needs one.", metavar="FILE")] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="What the weights alone say of each ported patch, instead of scores.")
+    ] = False,
 ) -> None:
     """Print the result table: one row per cell and metric."""
-    from portllm.report.build import print_results
+    from portllm.report.build import print_diagnoses, print_results
 
     asked, _, planned = _planned(study, override)
-    print_results(asked, planned, _store(asked, study, store), format, output)
+    show = print_diagnoses if diagnose else print_results
+    show(asked, planned, _store(asked, study, store), format, output)
 
 
 @app.command()
@@ -284,11 +288,20 @@ def track(study: StudyFile, override: Overrides = None, store: StoreOption = Non
 
 
 @app.command()
-def verify(study: StudyFile, override: Overrides = None, store: StoreOption = None) -> None:
-    """Check every published file of a study against its sha256."""
+def verify(
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY|PATCH", help="Study file, or a patch's directory.", show_default=False)
+    ],
+    override: Overrides = None,
+    store: StoreOption = None,
+) -> None:
+    """Check every published file of a study, or every file of a patch, against its sha256."""
     from portllm.errors import StoreError
     from portllm.store.store import verify as verify_artifact
 
+    if study.is_dir():
+        _verify_patch(study)
+        return
     asked, _, planned = _planned(study, override)
     kept = _store(asked, study, store)
     published = [s for s in planned.steps.values() if kept.has(s.stage, s.key)]
@@ -300,6 +313,15 @@ def verify(study: StudyFile, override: Overrides = None, store: StoreOption = No
     if bad:
         raise StoreError("\n".join(bad))
     print(f"{len(published)} published steps are intact")
+
+
+def _verify_patch(patch: Path) -> None:
+    from portllm.errors import StoreError
+    from portllm.work.provenance import altered
+
+    if bad := altered(patch):
+        raise StoreError("\n".join(f"{patch / name}: differs from the patch's provenance" for name in bad))
+    print(f"{patch} is intact")
 
 
 app.add_typer(patches)

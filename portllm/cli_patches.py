@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from portllm.errors import SpecError
 from portllm.terminal import Json, print_json
+
+if TYPE_CHECKING:
+    from portllm.work.source import Terms
 
 app = typer.Typer()
 
@@ -22,24 +25,95 @@ PatchDirs = Annotated[
 ]
 
 
+Scales = Annotated[list[float] | None, typer.Option("--scale", help="λ of each patch, in order; default 1.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+HubOrDir = Annotated[
+    str, typer.Option("--model", metavar="DIR|HUB_ID", help="Model (safetensors): a directory, or owner/name@revision.")
+]
+
+
 @app.command()
 def apply(
-    model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Model directory (safetensors).")],
+    model: HubOrDir,
     patch: PatchDirs,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")],
-    scale: Annotated[list[float] | None, typer.Option("--scale", help="λ of each patch; default 1.")] = None,
+    scale: Scales = None,
+    delta: Annotated[
+        list[Path] | None,
+        typer.Option("--delta", metavar="DIR", help="A LoRA update that makes the version of --model (repeatable)."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    untie: Annotated[bool, typer.Option("--untie", help="Give the head a tensor of its own first.")] = False,
+    force: Force = False,
     durable: Annotated[bool, typer.Option("--durable", help="Flush to the disk before the output appears.")] = False,
     json: Json = False,
 ) -> None:
     """Write a model with patches added: θ + Σ λΔθ, to the bit what PEFT merges, at the speed of a copy."""
-    from portllm.work.apply import How, atomic_apply
+    from portllm.work.source import Terms
+
+    terms = Terms(tuple(delta or ()), untie=untie)
+    _apply(model, _paired(patch, scale or []), out, force, dtype, durable, terms, json)
+
+
+@app.command()
+def combine(
+    patch: PatchDirs,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Patch to write; a model, with --model.")],
+    scale: Annotated[
+        list[float] | None, typer.Option("--scale", help="λ of each patch, in order; −1 subtracts; default 1.")
+    ] = None,
+    method: Annotated[
+        Literal["linear", "ties", "dare", "dare-ties"], typer.Option(help="How the λΔθ become one.")
+    ] = "linear",
+    density: Annotated[float, typer.Option(help="ties, dare: share of each ΔW that stays.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="dare: of its draws.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(help="Cut the result to this rank; default: the sum of the patches' ranks.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR|HUB_ID", help="Write this model with the result added.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --model: float32, bfloat16 or float16.")] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make one patch of several: sums and differences exactly, TIES and DARE, or cut to a rank with its error."""
+    from portllm.report.patch_text import combine_text
+    from portllm.work.changes import Blend
 
     patches = _paired(patch, scale or [])
+    blend = None if method == "linear" else Blend(method, density, seed)
+    if model is not None:
+        from portllm.work.source import Terms
+
+        if rank is not None:
+            raise SpecError("--rank: of a patch; a model gets the whole result: leave out --rank or --model")
+        _apply(model, patches, out, force, dtype, False, Terms(blend=blend), json)
+        return
+    if dtype is not None:
+        raise SpecError("--dtype: of a model; patches are kept in float32: leave it out, or give --model")
+    from portllm.work.combine import combine as combine_patches
+
+    summary = combine_patches(patches, out, blend, rank, force) | {"out": str(out)}
+    print_json([summary]) if json else print(combine_text(summary))
+
+
+def _apply(
+    model: str,
+    patches: list[tuple[Path, float]],
+    out: Path,
+    force: bool,
+    dtype: str | None,
+    durable: bool,
+    terms: Terms,
+    json: bool,
+) -> None:
+    from portllm.work.apply import How, atomic_apply
+    from portllm.work.hub import model_directory
+
     with _bytes_shown(quiet=json) as progress:
         how = How(len(os.sched_getaffinity(0)), durable, progress)
-        summary = atomic_apply(model, patches, out, force, dtype, how)
+        summary = atomic_apply(model_directory(model), patches, out, force, dtype, how, terms)
     if json:
         print_json([summary | {"out": str(out)}])
     else:
@@ -91,7 +165,10 @@ def diagnose(
 
     if base is not None and model is None:
         raise SpecError("--base: the update from θ₀ needs the version θₜ as well: give --model")
-    found = diagnose_patch(patch, model, base, other)
+    from portllm.work.source import Source
+
+    version, zero = (Source.read(path, []) if path else None for path in (model, base))
+    found = diagnose_patch(patch, version, zero, other)
     print_json([found]) if json else print(diagnose_text(found))
 
 

@@ -39,6 +39,20 @@ def test_the_results_are_a_list_with_a_row_per_coordinate(finished):
     assert "none" in table and "refit" in table and "mood" in table
 
 
+def test_the_weights_alone_say_what_rounding_and_updates_do_to_a_patch(finished):
+    world, store, _ = finished
+    rows = json.loads(portllm("results", world, "--store", store, "--diagnose", "--format", "json"))
+    assert [(r["lineage"], r["t"], r["task"], r["rank"]) for r in rows] == [
+        ("soft", 1, "mood", 2),
+        ("hard", 1, "mood", 2),
+    ]
+    for row in rows:
+        assert row["frobenius"] > 0 and 0 < row["update_size"] < 1 and 0 <= row["overlap_out"] <= 1
+        assert row["residual_of_patch"] > 0, "the refit is another patch"
+    table = portllm("results", world, "--store", store, "--diagnose")
+    assert "‖Δθ‖" in table and "mood r2 s0" in table
+
+
 def test_every_training_went_through_deepspeed(finished):
     _, store, _ = finished
     trained = record(store, "update") + record(store, "finetune")
@@ -208,6 +222,7 @@ lineages: {shipped: {model: m, updates: [{path: v1}, {path: v2}]}}
 tasks: [{task: mood, include_path: tasks}]
 patches: {mood: patch}
 arms: [none, port]
+diagnose: true
 tracking: {enabled: false}
 """,
     )
@@ -215,7 +230,7 @@ tracking: {enabled: false}
     write_model(world.parent / "v2", seed=2)
     write_patch(world.parent / "patch", world.parent / "model")
     report = json.loads(portllm("run", world, "--store", tmp_path / "s", "--yes", "--json"))
-    assert {label.split()[0] for label in report["executed"]} == {"requests", "evaluate"}
+    assert {label.split()[0] for label in report["executed"]} == {"requests", "evaluate", "diagnose"}
     rows = json.loads(portllm("results", world, "--store", tmp_path / "s", "--format", "json"))
     assert [(r["t"], r["arm"], r["update"], r["rank"]) for r in rows] == [
         (0, "none", None, None),

@@ -130,6 +130,7 @@ TWO_LINEAGES = STUDY.replace(
     model: m
     updates: [{corpus: c, method: full, tokens: 256, sequence_length: 32, batch: 4, learning_rate: 1e-3}]
 export: [{lineage: hard, t: 1, arm: port}]
+diagnose: true
 tasks:""",
 )
 

@@ -26,6 +26,7 @@ STAGES = {
     "finetune": "portllm.work.finetune",
     "evaluate": "portllm.work.evaluate",
     "export": "portllm.work.export",
+    "diagnose": "portllm.work.foresight",
 }
 """Module of each stage's function, which bears the stage's name; imported where it runs."""
 

@@ -71,13 +71,13 @@ def _rank(config: dict[str, Any]) -> None:
     """One rank: the stage function in its own process, its log beside the others'."""
     from ray.train import get_context
 
-    from portllm.engine.workers import new_context
+    from portllm.engine.workers import new_context, prepare
 
     job: Job = config["job"]
     where = get_context()
     layout, scratch = job.step.layout, Path(config["scratch"])
     context = new_context(scratch, layout.threads, layout.gpus, where.get_world_rank(), where.get_world_size())
-    context.layout = job.step.layout
+    prepare(context, job.step)
     with open(config["log"], "a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)
         summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, Path(config["attempt"]), context)

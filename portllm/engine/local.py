@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from portllm.engine.execute import Outcome, execute, job_for
-from portllm.engine.workers import new_context
+from portllm.engine.workers import new_context, prepare
 from portllm.errors import EngineError
 from portllm.store.store import Store
 from portllm.study.steps import Plan, Step
@@ -20,5 +20,5 @@ def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
             f"-o resources.{step.stage}.workers=1"
         )
     context = new_context(store.paths.scratch, step.layout.threads, step.layout.gpus)
-    context.layout = step.layout
+    prepare(context, step)
     return execute(job_for(step, plan, store), context)

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from portllm.engine.execute import Job, Outcome, execute
 from portllm.engine.pool import Size
+from portllm.study.steps import Step
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -23,7 +24,7 @@ class Worker:
 
     def run(self, job: Job) -> Outcome:
         """Execute a step; never raises."""
-        self.context.layout = job.step.layout
+        prepare(self.context, job.step)
         return execute(job, self.context)
 
     def end(self) -> None:
@@ -43,6 +44,12 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
     torch.set_num_threads(threads)
     device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
     return RunContext(scratch=scratch, versions=Versions(), rank=rank, world=world, device=device, log=lambda _: None)
+
+
+def prepare(context: Any, step: Step) -> None:
+    """The context for this step."""
+    context.layout = step.layout
+    context.about = {"key": step.key, "label": step.label, **step.coordinates}
 
 
 def quiet_libraries(gpus: int) -> None:

@@ -24,8 +24,8 @@ _PARTS = {
 """What a tensor is to its module, by the end of its name."""
 _PREFIX = "base_model.model."
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.")
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; the others subtract from them."""
@@ -64,6 +64,8 @@ class Target:
     """DoRA's length of each output, [O]: W becomes magnitude · (W + ΔW) / ‖W + ΔW‖."""
     bias: TensorEntry | None = None
     """Added to the layer's bias, times the scale, [O]."""
+    embedding: bool = False
+    """Of an embedding's rows, not of a linear layer."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -246,7 +248,7 @@ def _target(directory: Path, config: Mapping[str, Any], module: str, parts: Part
         raise ResolveError(f"{where}: DoRA on an embedding cannot be applied exactly yet")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     transposed = embedding or config.get("fan_in_fan_out") is True
-    return Target(module, rank, alpha, scale, A_RI, B_OR, transposed, magnitude, bias)
+    return Target(module, rank, alpha, scale, A_RI, B_OR, transposed, magnitude, bias, embedding)
 
 
 def _there(entry: TensorEntry | None) -> str:
@@ -298,7 +300,7 @@ def require_fits(adapter: Adapter, tensors: Mapping[str, TensorEntry], tied: boo
 
 def _misfit(name: str, wanted: tuple[int, ...], tensors: Mapping[str, TensorEntry], tied: bool) -> str | None:
     module, _, kind = name.rpartition(".")
-    if tied and kind == "weight" and module.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS):
+    if tied and kind == "weight" and module.rpartition(".")[2] in (*HEADS, *EMBEDDINGS):
         return "the version ties head and embeddings: untie them first (--untie), or train the patch without it"
     stored = stored_name(name, tensors)
     if stored is None:

@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portllm import __version__
 from portllm.errors import SpecError
 from portllm.report.verdicts import Verdict, verdicts
-from portllm.store.results import items, rows, trainings
+from portllm.store.results import COLUMNS, COORDINATES, FORESIGHT, diagnoses, items, rows, trainings
 from portllm.store.store import Store
 from portllm.study.spec import Study
 from portllm.study.steps import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray", "lm_eval", "datasets", "mlflow")
 
 
 def print_results(study: Study, plan: Plan, store: Store, format: str, output: Path | None) -> None:
     """The main table on a terminal, or the rows in a format, to `output` or standard output."""
+    from portllm.report.table import main_table
+
+    _print(format, output, lambda: main_table(study_verdicts(study, plan, store)), rows(plan.cells, store), COLUMNS)
+
+
+def print_diagnoses(study: Study, plan: Plan, store: Store, format: str, output: Path | None) -> None:
+    """What the weights alone say of every ported patch, in the same forms."""
+    from portllm.report.table import diagnosis_table
+
+    if not plan.diagnoses:
+        raise SpecError(f"study {study.name} asks for no diagnosis: add `diagnose: true`, and run it")
+    found = diagnoses(plan, store)
+    _print(format, output, lambda: diagnosis_table(found), found, (*COORDINATES, *FORESIGHT, "key"))
+
+
+def _print(
+    format: str,
+    output: Path | None,
+    table: Callable[[], Group],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+) -> None:
     from portllm.report.table import printed, write_rows
 
     if format == "table":
-        text = printed(study_verdicts(study, plan, store), width=_width())
+        text = printed(table(), width=_width())
         output.write_text(text) if output else print(text)
     elif format in ("csv", "json", "parquet"):
         if format == "parquet" and output is None and sys.stdout.isatty():
             raise SpecError("--format parquet is not for a terminal: add --output FILE")
         target: Any = output or (sys.stdout.buffer if format == "parquet" else sys.stdout)
-        write_rows(rows(plan.cells, store), format, target)  # type: ignore[arg-type]
+        write_rows(rows, format, target, columns)  # type: ignore[arg-type]
     else:
         raise SpecError(f"--format {format}: one of table, csv, json, parquet")
 

@@ -9,7 +9,9 @@ Numbers = Mapping[str, Any]
 
 def inspect_text(facts: Numbers) -> str:
     """One screen about a patch: its settings, and its modules by kind."""
-    lines = [f"{name:<14} {value}" for name, value in facts["about"].items() if value not in (None, "", [], {})]
+    about = dict(facts["about"])
+    about |= about.pop("provenance")
+    lines = [f"{name:<18} {_listed(value)}" for name, value in about.items() if value not in (None, "", [], {})]
     lines += ["", f"{'module':<22}{'count':>6}  {'shape':<14}{'rank':>5}{'scale':>8}{'‖ΔW‖':>10}"]
     for kind in facts["modules"]:
         shape = "×".join(map(str, kind["shape"]))
@@ -18,6 +20,10 @@ def inspect_text(facts: Numbers) -> str:
             f"{kind['frobenius']:>10.4g}"
         )
     return "\n".join(lines)
+
+
+def _listed(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def check_text(verdict: Numbers, patch: str, model: str) -> str:
@@ -30,6 +36,15 @@ def check_text(verdict: Numbers, patch: str, model: str) -> str:
     return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
+def combine_text(summary: Numbers) -> str:
+    """What a combined patch became, and what its rank cut off."""
+    line = f"{summary['out']}: {summary['modules']} modules, rank {summary['rank']}, ‖Δθ‖ {summary['norm']:.4g}"
+    if not summary["error"]:
+        return f"{line}, exact"
+    worst = f"`{summary['worst_module']}` {100 * summary['worst_error']:.2g} %"
+    return f"{line}, relative error {100 * summary['error']:.2g} % (worst: {worst})"
+
+
 _TOTAL = {
     "modules": "modules",
     "parameters": "parameters of A and B",
@@ -38,9 +53,13 @@ _TOTAL = {
     "effective_rank": "effective rank, mean over modules",
     "relative": "‖Δθ‖ / ‖θₜ‖ of the patched weights",
     "lost": "error of Δθ after rounding, relative",
+    "absorbed": "weights that rounding leaves as they were",
     "update": "‖θₜ − θ₀‖ / ‖θ₀‖",
     "residual": "‖Δθ' − Δθ‖",
     "residual_of_patch": "‖Δθ' − Δθ‖ / ‖Δθ‖",
+    "residual_of_patched": "‖Δθ' − Δθ‖ / ‖θₜ + Δθ‖",
+    "overlap_out": "share of the update in Δθ's outputs",
+    "overlap_in": "share of the update in Δθ's inputs",
 }
 _COLUMNS = {
     "frobenius": "‖ΔW‖", "spectral": "σ₁", "effective_rank": "eff.rank", "relative": "‖ΔW‖/‖W‖", "lost": "lost",

@@ -19,7 +19,7 @@ from portllm.study.estimate import (
 from portllm.study.facts import Facts
 from portllm.study.steps import Plan, Step
 
-STAGES = ("base", "corpus", "requests", "update", "finetune", "evaluate", "export")
+STAGES = ("base", "corpus", "requests", "update", "finetune", "evaluate", "diagnose", "export")
 """Order of display."""
 
 

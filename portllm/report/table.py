@@ -23,7 +23,7 @@ from rich.text import Text
 from portllm.errors import SpecError
 from portllm.report import text
 from portllm.report.verdicts import ARMS, Verdict
-from portllm.store.results import COLUMNS
+from portllm.store.results import COLUMNS, FORESIGHT
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,10 +35,15 @@ FLOATS = {"value", "stderr", "wall_s"}
 STYLE = {"port": "bold green", "refit": "bold yellow", "unsure": "dim"}
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], format: Format, target: str | Path | IO[Any]) -> None:
+def write_rows(
+    rows: Iterable[Mapping[str, Any]],
+    format: Format,
+    target: str | Path | IO[Any],
+    columns: Sequence[str] = COLUMNS,
+) -> None:
     """Rows to a file, or to a stream (text, or binary for Parquet). JSON is a list; CSV leaves null empty."""
-    ordered = [{name: row.get(name) for name in COLUMNS} for row in rows]
-    data = _encoded(ordered, format)
+    ordered = [{name: row.get(name) for name in columns} for row in rows]
+    data = _encoded(ordered, format, columns)
     if isinstance(target, (str, Path)):
         Path(target).write_bytes(data)
         return
@@ -52,41 +57,41 @@ def write_rows(rows: Iterable[Mapping[str, Any]], format: Format, target: str | 
         target.write(data.decode())
 
 
-def _encoded(rows: list[dict[str, Any]], format: Format) -> bytes:
+def _encoded(rows: list[dict[str, Any]], format: Format, columns: Sequence[str]) -> bytes:
     if format == "json":
         return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     if format == "csv":
-        return _csv(rows).encode()
+        return _csv(rows, columns).encode()
     if format == "parquet":
-        return _parquet(rows)
+        return _parquet(rows, columns)
     raise SpecError(f"unknown format {format!r}: choose csv, json or parquet")
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "patches": ";".join(row["patches"] or ())})
+        writer.writerow({name: ";".join(value) if isinstance(value, list) else value for name, value in row.items()})
     return stream.getvalue()
 
 
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
+def _parquet(rows: list[dict[str, Any]], columns: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema()), sink)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema(columns)), sink)
     return bytes(sink.getvalue())
 
 
-def schema() -> pa.Schema:
+def schema(columns: Sequence[str] = COLUMNS) -> pa.Schema:
     """Arrow types of the result columns: the same for an empty study as for a full one."""
     import pyarrow as pa
 
     kinds: dict[str, pa.DataType] = {"patches": pa.list_(pa.string()), "primary": pa.bool_()}
-    kinds |= dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys(FLOATS, pa.float64())
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+    kinds |= dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys((*FLOATS, *FORESIGHT), pa.float64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
 
 
 def main_table(verdicts: Sequence[Verdict]) -> Group:
@@ -147,8 +152,48 @@ def _cells(verdict: Verdict, first: bool) -> list[str | Text]:
     return [str(verdict.t) if first else "", escape(verdict.name), *scores, lead, decision]
 
 
-def printed(verdicts: Sequence[Verdict], width: int = 100) -> str:
-    """The main table as plain text, for logs and tests."""
+DIAGNOSIS = {
+    "frobenius": "‖Δθ‖", "effective_rank": "eff. rank", "relative": "‖Δθ‖/‖W‖", "lost": "lost", "update_size": "update",
+    "overlap_out": "overlap", "residual_of_patch": "‖R‖/‖Δθ‖", "residual_of_patched": "‖R‖/‖θₜ+Δθ‖",
+}  # fmt: skip
+"""Columns of the table of diagnoses."""
+
+
+def diagnosis_table(rows: Sequence[Mapping[str, Any]]) -> Group:
+    """What the weights alone say of each ported patch, for a terminal: one table per model and lineage."""
+    if not rows:
+        return Group(Text("no diagnoses yet"))
+    tables = []
+    for name, members in groupby(rows, key=lambda row: (row["model"], row["lineage"])):
+        table = Table(title=escape(" · ".join(name)), title_justify="left")
+        table.add_column("t", justify="right")
+        table.add_column("patch")
+        for words in DIAGNOSIS.values():
+            table.add_column(words, justify="right", no_wrap=True)
+        for row in sorted(members, key=lambda row: (row["update_seed"], row["t"])):
+            table.add_row(str(row["t"]), escape(_patch_name(row)), *(_number(row[name]) for name in DIAGNOSIS))
+        tables.append(table)
+    words = (
+        "W: the patched weights. lost: what rounding to the stored dtype changes of Δθ. update: ‖θₜ−θ₀‖/‖θ₀‖, all "
+        "weights. overlap: share of the update inside the patch's output space. R = refit − port."
+    )
+    return Group(*tables, Text(words, style="dim"))
+
+
+def _patch_name(row: Mapping[str, Any]) -> str:
+    parts = [
+        row["task"],
+        *(f"{letter}{row[name]}" for letter, name in (("r", "rank"), ("s", "seed")) if row[name] is not None),
+    ]
+    return " ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return text.NOTHING if value is None else f"{value:.3g}"
+
+
+def printed(shown: Group, width: int = 100) -> str:
+    """Tables as plain text, for logs and tests."""
     stream = io.StringIO()
-    Console(file=stream, width=width, force_terminal=False, color_system=None).print(main_table(verdicts))
+    Console(file=stream, width=width, force_terminal=False, color_system=None).print(shown)
     return stream.getvalue()

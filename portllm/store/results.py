@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from portllm.store.store import Store
-from portllm.study.steps import Cell, Plan
+from portllm.study.steps import Cell, Diagnosis, Plan
 
 if TYPE_CHECKING:
     import pyarrow
@@ -78,6 +78,27 @@ def _rows(cell: Cell, store: Store, cache: dict[str, tuple[dict[str, Any], float
             "version_key": cell.version_key,
             "wall_s": wall,
         }
+
+
+COORDINATES = ("model", "lineage", "t", "update", "update_seed", "task", "rank", "seed")
+FORESIGHT = (
+    "frobenius", "spectral", "effective_rank", "relative", "lost", "absorbed", "update_size", "overlap_out",
+    "overlap_in", "residual", "residual_of_patch", "residual_of_patched",
+)  # fmt: skip
+"""Numbers of a diagnosis, over all of a patch's modules; null where there is nothing to compare with."""
+
+
+def diagnoses(plan: Plan, store: Store) -> list[dict[str, Any]]:
+    """One row per published diagnosis: its coordinates, its numbers, its key."""
+    done = store.published(["diagnose"])
+    return [_diagnosis(asked, store) for asked in plan.diagnoses if asked.key in done]
+
+
+def _diagnosis(asked: Diagnosis, store: Store) -> dict[str, Any]:
+    total = store.record("diagnose", asked.key)["summary"]
+    total["update_size"] = total.get("update")
+    at = {name: getattr(asked, name) for name in COORDINATES}
+    return at | {name: total.get(name) for name in FORESIGHT} | {"key": asked.key}
 
 
 def items(store: Store, key: str) -> "pyarrow.Table":

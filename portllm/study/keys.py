@@ -22,6 +22,7 @@ STAGE_VERSIONS = {
     "finetune": 1,
     "evaluate": 1,
     "export": 1,
+    "diagnose": 1,
 }
 """Bump a stage's integer when its code changes the output for the same recipe; never hash source text."""
 

@@ -24,7 +24,7 @@ from portllm.study.spec import (
     Task,
     Update,
 )
-from portllm.study.steps import Cell, Plan, Step, Version
+from portllm.study.steps import Cell, Diagnosis, Plan, Step, Version
 
 LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
 """Peak learning rate of an update that names none."""
@@ -44,13 +44,22 @@ class _Planner:
         self.steps: dict[str, Step] = {}
         self.givens: dict[str, Given] = {}
         self.cells: dict[Cell, None] = {}
+        self.diagnoses: list[Diagnosis] = []
         self.version_zero: dict[str, Version] = {}
 
     def plan(self) -> Plan:
         for name, lineage in self.study.lineages.items():
             for seed in lineage.seeds:
                 self._lineage(name, seed)
-        return Plan(self.study.name, self.steps, tuple(self.cells), self.givens, self.facts.unpinned, self.facts.notes)
+        return Plan(
+            self.study.name,
+            self.steps,
+            tuple(self.cells),
+            self.givens,
+            tuple(self.diagnoses),
+            self.facts.unpinned,
+            self.facts.notes,
+        )
 
     # --- the walk
 
@@ -60,6 +69,8 @@ class _Planner:
             for mode in self.study.evaluate.apply:
                 for version in versions:
                     self._cells(name, update_seed, versions[0], version, task, mode)
+            for version in versions[1:] if self.study.diagnose else ():
+                self._diagnose(name, update_seed, versions[0], version, task)
 
     def _versions(self, name: str, seed: int) -> Iterator[Version]:
         lineage = self.study.lineages[name]
@@ -139,6 +150,20 @@ class _Planner:
             if patch.model in (None, self.study.lineages[lineage].model):
                 facts = self.facts.patches[task.task, i]
                 yield self._give(facts.root), facts.rank
+
+    def _diagnose(self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task) -> None:
+        """Every ported patch on a version, beside the refit of the same rank and seed where there is one."""
+        asked = "refit" in self.study.arms
+        refits = self._patches(lineage, update_seed, "refit", zero, version, task) if asked else ()
+        others = {(rank, seed): patches[0] for _, patches, rank, seed in refits}
+        for _, (patch,), rank, seed in self._patches(lineage, update_seed, "port", zero, version, task):
+            other = {"other": others[rank, seed]} if (rank, seed) in others else {}
+            inputs = version.inputs | {"zero": zero.root, "patch1": patch} | other
+            model = self.study.lineages[lineage].model
+            label = f"diagnose {self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
+            key = self._add("diagnose", r.Diagnose(), inputs, label, model=model, task=task.task)
+            at = (model, lineage, version.t, version.update, update_seed, task.task, rank, seed)
+            self.diagnoses.append(Diagnosis(*at, key))
 
     # --- steps
 

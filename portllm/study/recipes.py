@@ -3,6 +3,8 @@
 Input roles, the same for every stage that needs them (a role maps to a key in the plan and to a path at run time):
 
     root                 complete model directory: θ₀, or the last version with its own full weights
+    zero                 θ₀ of the lineage (diagnose)
+    other                patch trained on the version itself (diagnose)
     delta1, delta2, …    LoRA updates on top of root, in order (PEFT adapter directories)
     patch1, patch2, …    patches Δθ to apply, in order (PEFT adapter directories)
     tokenizer            directory with the tokenizer's files
@@ -181,3 +183,8 @@ class Export:
     scales: tuple[float, ...] = ()
     dtype: Dtype | None = None
     """None keeps the version's storage dtype."""
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Training-free numbers about one patch on one version: nothing to choose."""

@@ -366,6 +366,8 @@ class Study(Strict):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     export: list[ExportChoice] = []
+    diagnose: bool = False
+    """Training-free numbers of every ported patch on every version (`portllm results --diagnose`)."""
     report: ReportSettings = ReportSettings()
 
 
@@ -430,6 +432,8 @@ def _check_tasks(study: Study, document: Document) -> None:
                 _known(patch.model, study.models, ("patches", task, i, "model"), document)
     if len(set(study.arms)) != len(study.arms):
         raise SpecError(f"{document.where(('arms',))}: an arm stands twice")
+    if study.diagnose and "port" not in study.arms:
+        raise SpecError(f"{document.where(('diagnose',))}: is of ported patches: add arm port, or leave it out")
     trained = "refit" in study.arms or ("port" in study.arms and set(names) - set(study.patches))
     if trained and study.finetune is None:
         raise SpecError(f"{document.where(('finetune',))}: arms port and refit train patches: give finetune")

@@ -84,6 +84,21 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """One ported patch on one version, and the step that diagnoses it."""
+
+    model: str
+    lineage: str
+    t: int
+    update: str | None
+    update_seed: int
+    task: str
+    rank: int | None
+    seed: int | None
+    key: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Steps in an order that respects their inputs, cells in the order of the study."""
 
@@ -91,6 +106,7 @@ class Plan:
     steps: Mapping[str, Step]
     cells: tuple[Cell, ...]
     givens: Mapping[str, Given]
+    diagnoses: tuple[Diagnosis, ...] = ()
     unpinned: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -8,12 +8,10 @@ is made, while other threads copy.
 """
 
 import functools
-import json
 import shutil
 import threading
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +24,19 @@ from portllm.formats.tensors import (
     STORAGE,
     TensorEntry,
     encode_header,
-    model_tensors,
     read_file,
     read_json,
     storage_dtype,
     weight_files,
 )
-from portllm.work.changes import Change, Patches, read_patches, touched
+from portllm.work.changes import Patches
 from portllm.work.context import Summary
+from portllm.work.provenance import of_model, write_json
+from portllm.work.publishing import published
+from portllm.work.source import HEAD, Source, Terms
 from portllm.work.streaming import Copied, Made, Output, Piece, Progress, write_files
 
 if TYPE_CHECKING:
-    import torch
-
     from portllm.work.patches import Workspace
 
 _SAFETENSORS: dict[str, str] = {torch_name: name for name, torch_name in STORAGE.items()}
@@ -46,41 +44,6 @@ _FLOATING = frozenset({*STORAGE, "F64"})
 _COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
 _OURS = frozenset({"config.json", PROVENANCE, "version.json"})
 """Files written anew, or true of the source only (and every index of shards)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model directory and what the patches do to it, every target checked."""
-
-    directory: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorEntry]
-    changes: Mapping[str, list[Change]]
-    """Touched tensor → (patch, module), in the order they are added."""
-
-    @classmethod
-    def read(cls, directory: Path, patches: Patches) -> "Source":
-        """Raises `ResolveError` where the directory is no model, or a patch does not fit it."""
-        tensors = model_tensors(directory)
-        config = read_json(directory / "config.json")
-        applied = read_patches(patches, tensors, ties_embeddings(config))
-        if any(adapter.copies for adapter, _ in applied):
-            from portllm.work.patches import require_same_copies
-
-            require_same_copies(applied, tensors)
-        return cls(directory, config, tensors, touched(applied, tensors))
-
-    def tensor(self, name: str) -> "torch.Tensor":
-        """The patched bits of one tensor, as it is stored."""
-        from portllm.work.patches import DTYPES, add, read_tensor
-
-        entry = self.tensors[name]
-        return add(read_tensor(entry), self.changes.get(name, ()), DTYPES[entry.dtype])
-
-
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that the head is the embedding."""
-    return config.get("tie_word_embeddings") is True
 
 
 def stored_as(entry: TensorEntry, dtype: str | None) -> str:
@@ -98,7 +61,9 @@ class How:
     progress: Progress = lambda count: None
 
 
-def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None, how: How = How()) -> Summary:
+def apply(
+    model: Path, patches: Patches, out: Path, dtype: str | None = None, how: How = How(), terms: Terms = Terms()
+) -> Summary:
     """Writes `model` with the patches added, in order, as a complete model directory into `out`.
 
     `patches` holds (directory, λ); `out` must be empty or absent. Each touched tensor is round(W + Σ λΔW) to the bit;
@@ -106,7 +71,7 @@ def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None, ho
     """
     if dtype is not None and dtype not in _SAFETENSORS:
         raise SpecError(f"dtype: {dtype!r} is none of {', '.join(_SAFETENSORS)}")
-    source = Source.read(model, patches)
+    source = Source.read(model, patches, terms)
     if out.exists() and any(out.iterdir()):
         raise ResolveError(f"{out}: is not empty; give a directory that does not exist yet")
     _require_room(source, out, dtype)
@@ -129,42 +94,22 @@ def apply(model: Path, patches: Patches, out: Path, dtype: str | None = None, ho
 
 
 def atomic_apply(
-    model: Path, patches: Patches, out: Path, force: bool = False, dtype: str | None = None, how: How = How()
+    model: Path,
+    patches: Patches,
+    out: Path,
+    force: bool = False,
+    dtype: str | None = None,
+    how: How = How(),
+    terms: Terms = Terms(),
 ) -> Summary:
-    """`apply` under a private name beside `out`, renamed when complete: a killed one leaves no half model there."""
-    with published(out, force) as private:
-        return apply(model, patches, private, dtype, how)
+    """`apply` under a private name beside `out`, renamed when complete: a killed one leaves no half model there.
 
-
-@contextmanager
-def published(out: Path, force: bool = False) -> Iterator[Path]:
-    """A private sibling of `out` that becomes `out` when the block ends, and vanishes when it raises.
-
-    An existing `out` is refused before the block runs, or replaced at its end with `force`.
+    Beside the weights lies what they were made of (`provenance.json`).
     """
-    if not force and (out.is_symlink() or out.exists()):
-        raise ResolveError(f"{out}: exists already; --force replaces it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    private = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
-    private.mkdir()
-    try:
-        yield private
-        if force and out.exists():
-            _replace(private, out)
-        else:
-            private.rename(out)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-
-
-def _replace(private: Path, out: Path) -> None:
-    """Two renames: a kill between them leaves the old model under the private name, never a mixture."""
-    if out.is_symlink() or not out.is_dir():
-        raise ResolveError(f"{out}: is no directory, and --force replaces directories only")
-    old = private.with_suffix(".replaced")
-    out.rename(old)
-    private.rename(out)
-    shutil.rmtree(old)
+    with published(out, force) as private:
+        summary = apply(model, patches, private, dtype, how, terms)
+        write_json(private / PROVENANCE, of_model(model, patches, dtype, terms))
+        return summary
 
 
 def _bytes(source: Source, dtype: str | None) -> int:
@@ -189,10 +134,12 @@ def _copy_companions(source: Source, out: Path) -> None:
 
 
 def _write_config(source: Source, out: Path, dtype: str | None) -> None:
-    if dtype is None:
-        shutil.copyfile(source.directory / "config.json", out / "config.json")
+    if dtype is not None:
+        write_json(out / "config.json", _with_dtype(source.config, dtype) | {"dtype": dtype})
+    elif source.untied:
+        write_json(out / "config.json", source.config)
     else:
-        _write_json(out / "config.json", _with_dtype(source.config, dtype) | {"dtype": dtype})
+        shutil.copyfile(source.directory / "config.json", out / "config.json")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -207,17 +154,14 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _write_index(source: Source, out: Path, dtype: str | None) -> None:
-    if dtype is None:
+    if dtype is None and not source.untied:
         shutil.copyfile(source.directory / INDEX, out / INDEX)
         return
     index = read_json(source.directory / INDEX)
     metadata = index.get("metadata")
     total = {"total_size": _bytes(source, dtype)}
-    _write_json(out / INDEX, index | {"metadata": metadata | total if isinstance(metadata, dict) else total})
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    where = {"weight_map": {name: entry.file.name for name, entry in source.tensors.items()}}
+    write_json(out / INDEX, index | where | {"metadata": metadata | total if isinstance(metadata, dict) else total})
 
 
 class _Maker:
@@ -243,13 +187,14 @@ class _Maker:
 def _pieces(source: Source, file: Path, dtype: str | None, make: _Maker) -> list[Piece]:
     """One shard: runs of bytes to copy, and tensors to make between them."""
     entries, metadata = read_file(file)
-    if dtype is None:
+    untied = source.untied and source.tensors[HEAD].file == file
+    if dtype is None and not untied:
         begin = min((entry.start for entry in entries.values()), default=file.stat().st_size)
         pieces: list[Piece] = [Copied(file, 0, begin)]
     else:
-        entries = {name: entry for name, entry in entries.items() if source.tensors.get(name) == entry}
+        entries = {name: entry for name, entry in source.tensors.items() if entry.file == file}
         # Wide elements first keeps every tensor aligned, as the reference implementation lays them out.
-        entries = dict(sorted(entries.items(), key=lambda item: -ITEMSIZE[stored_as(item[1], dtype)]))
+        entries = dict(sorted(entries.items(), key=lambda item: (-ITEMSIZE[stored_as(item[1], dtype)], item[1].start)))
         layout = {name: (stored_as(entry, dtype), entry.shape) for name, entry in entries.items()}
         header = encode_header(layout, metadata)
         pieces = [Made(len(header), lambda: memoryview(header))]

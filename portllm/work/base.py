@@ -1,5 +1,6 @@
 """θ₀ as a model directory: initialised and pretrained here, fetched from the hub, or dequantised from a GGUF file."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from portllm.study.recipes import Base, Optimization, Text
 from portllm.work.batches import packed, update_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.corpora import tokenise, without
+from portllm.work.hub import snapshot
 from portllm.work.lora import check_saved
 from portllm.work.training import seed_everything, train
 
@@ -22,7 +24,6 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 WORDS = r" ?[\p{L}\p{N}']+| ?[^\s\p{L}\p{N}']+|\s+(?!\S)|\s+"
 """A word, or a run of punctuation, takes the blank before it: a text is the concatenation of its words, and those of
 context + continuation are the context's, then the continuation's."""
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def base(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
@@ -125,25 +126,10 @@ def save(model: Any, out: Path) -> None:
 
 def fetch(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
     """A snapshot of a hub repository at one commit: safetensors, configuration, tokenizer."""
-    import shutil
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     if recipe.hub is None or recipe.revision is None:
         raise StageError("a model from the hub needs its id and the full commit sha (`portllm lock` finds it)")
-    # consolidated*: a second copy of the weights in another naming, as Mistral publishes them.
-    files: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": ["consolidated*", "*/*"]}
-    try:
-        snapshot_download(recipe.hub, revision=recipe.revision, local_dir=out, **files)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise StageError(
-            f"`{recipe.hub}` at {recipe.revision} cannot be fetched: {error}. Check the network, HF_TOKEN for a gated "
-            f"model, and HF_HUB_OFFLINE; or fetch it elsewhere and give its directory as `path`"
-        ) from error
+    snapshot(recipe.hub, recipe.revision, out)
     shutil.rmtree(out / ".cache", ignore_errors=True)
-    if not any(out.glob("*.safetensors")):
-        raise StageError(f"`{recipe.hub}` at {recipe.revision} holds no safetensors weights: take one that does")
     return {"bytes": sum(f.stat().st_size for f in out.iterdir())}
 
 

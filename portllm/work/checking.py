@@ -1,25 +1,30 @@
 """Whether a patch belongs on a model, before anything is written: every doubt in one list, worst first."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, check_fits, read_adapter
 from portllm.formats.tensors import TOKENIZER_FILES, TensorEntry, model_tensors, read_json, sha256, storage_dtype
-from portllm.work.apply import ties_embeddings
+from portllm.work.provenance import provenance
+from portllm.work.source import ties_embeddings
 
 _SAME_TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
 """Files that say which token is which; settings and templates may differ."""
+
+
+Kind = Literal["mismatch", "warning", "note"]
+"""A mismatch refuses the patch; a warning and a note do not."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing found."""
 
-    kind: Literal["mismatch", "warning"]
-    """A mismatch refuses the patch; a warning does not."""
+    kind: Kind
     what: str
     """Module, file or field."""
     reason: str
@@ -45,14 +50,17 @@ def check(model: Path, patch: Path) -> Verdict:
     tensors = model_tensors(model)
     adapter = read_adapter(patch)
     config = read_json(model / "config.json")
-    findings = [Finding("mismatch", m.module, m.reason) for m in check_fits(adapter, tensors, ties_embeddings(config))]
+    findings = [
+        Finding("mismatch", m.module, m.reason) for m in check_fits(adapter, tensors, ties_embeddings(config, tensors))
+    ]
     fits = not findings
     findings += _factors(adapter)
     findings += _copies(adapter, tensors) if fits else []
     findings += _origin(adapter, model, patch)
+    findings += _lineage(model, patch) if fits else []
     return Verdict(
         fits=not any(finding.kind == "mismatch" for finding in findings),
-        findings=sorted(findings, key=lambda finding: finding.kind),
+        findings=sorted(findings, key=lambda finding: get_args(Kind).index(finding.kind)),
         targets=len(adapter.targets),
         ranks=sorted({target.rank for target in adapter.targets.values()}),
         patch_dtypes=sorted({target.A_RI.dtype for target in adapter.targets.values()}),
@@ -96,3 +104,25 @@ def _origin(adapter: Adapter, model: Path, patch: Path) -> Iterator[Finding]:
         mine, theirs = patch / name, model / name
         if name in _SAME_TOKENS and mine.is_file() and theirs.is_file() and sha256(mine) != sha256(theirs):
             yield Finding("mismatch", name, "differs between patch and model: the same text gives other tokens")
+
+
+def _lineage(model: Path, patch: Path) -> Iterator[Finding]:
+    """The version the patch was trained on, by its digest, and where it stands in the model's lineage."""
+    source = (provenance(patch) or {}).get("source")
+    if not isinstance(source, dict) or not isinstance(digest := source.get("sha256"), str):
+        return
+    from portllm.work.versions import identify
+
+    with tempfile.TemporaryDirectory() as scratch:
+        own, before = identify({"root": model}, Path(scratch))
+    if digest == own:
+        yield Finding("note", "source version", "is this very model: the patch was trained on it")
+    elif digest in before:
+        updates = len(before) - before.index(digest)
+        yield Finding("note", "source version", f"is {updates} update{'s' * (updates > 1)} before this one")
+    elif own in source.get("lineage", []):
+        yield Finding("warning", "source version", "is later than this model: the patch would go back in time")
+    else:
+        yield Finding(
+            "warning", "source version", f"{digest[:12]}… is not known to come before this model ({own[:12]}…)"
+        )

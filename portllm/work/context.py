@@ -33,6 +33,8 @@ class RunContext:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The step's key and its names in the study: for provenance only."""
     log: Callable[[str], None] = print
     """One line of text for the step's log."""
     point: Callable[[int, Mapping[str, float]], None] = lambda step, values: None

@@ -5,8 +5,8 @@ of the R×R core s·R_B·R_Aᵀ. Against a version, one stored tensor is in memo
 R rank (of two patches together: the sum), I in, O out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,13 @@ from torch import Tensor
 
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, Target, read_adapter, stored_name
-from portllm.formats.tensors import PROVENANCE, TensorEntry, model_tensors, read_json
-from portllm.work.changes import Delta, read_patches
-from portllm.work.patches import DTYPES, add, delta, read_tensor
+from portllm.work.changes import Delta
+from portllm.work.factors import Factors, stacked
+from portllm.work.patches import add, delta
+from portllm.work.provenance import provenance
+from portllm.work.source import Source
 
 Numbers = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """ΔW_OI = B_OR · A_RI with the scale in B, float64."""
-
-    B_OR: Tensor
-    A_RI: Tensor
-
-    @classmethod
-    def of(cls, target: Target) -> "Factors":
-        B_OR, A_RI = read_tensor(target.B_OR).double(), read_tensor(target.A_RI).double()
-        if not (torch.isfinite(B_OR).all() and torch.isfinite(A_RI).all()):
-            raise ResolveError(f"{target.A_RI.file}: the factors of `{target.module}` hold NaN or infinity")
-        return cls(B_OR * target.scale, A_RI)
-
-    def minus(self, other: "Factors") -> "Factors":
-        """The difference, its rank the sum of both."""
-        return Factors(torch.cat([self.B_OR, -other.B_OR], dim=1), torch.cat([self.A_RI, other.A_RI]))
-
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(U_OR, σ_R descending, V_IR) of ΔW."""
-        Q_OR, left = torch.linalg.qr(self.B_OR)
-        Q_IR, right = torch.linalg.qr(self.A_RI.T)
-        u, sigma, v = torch.linalg.svd(left @ right.T)
-        count = len(sigma)
-        return Q_OR @ u[:, :count], sigma, Q_IR @ v.T[:, :count]
 
 
 def spectrum(sigma_R: Tensor) -> Numbers:
@@ -72,22 +47,22 @@ def angles(first: Tensor, second: Tensor) -> list[float]:
     return [round(float(x), 3) for x in torch.rad2deg(torch.acos(cosines))]
 
 
-def diagnose(patch: Path, model: Path | None = None, base: Path | None = None, other: Path | None = None) -> Numbers:
+def diagnose(
+    patch: Path, version: Source | None = None, base: Source | None = None, other: Path | None = None
+) -> Numbers:
     """A patch by itself; against a version θₜ; against that version's update from θ₀; against another patch Δθ'.
 
     {"modules": {name: numbers}, "total": numbers}. Raises `ResolveError` for what does not fit together.
     """
-    version = model_tensors(model) if model else {}
-    root = model_tensors(base) if base else {}
     adapter = _adapter(patch, version)
     second = _adapter(other, version) if other else None
     if second and set(second.targets) != set(adapter.targets):
         odd = min(set(second.targets) ^ set(adapter.targets))
         raise ResolveError(f"{other}: `{odd}` is a target of one of the two patches only")
-    modules = {name: _module(adapter, second, name, version, root) for name in adapter.targets}
+    modules = {name: _module(adapter, second, name, version, base) for name in adapter.targets}
     total = _total(modules.values())
-    if version and root:
-        total["update"] = update_size(version, root)
+    if version and base:
+        total["update"] = update_size(version, base)
     return {"modules": modules, "total": total}
 
 
@@ -100,7 +75,6 @@ def inspect(patch: Path) -> Numbers:
         kinds.setdefault(kind, []).append(spectrum(Factors.of(target).svd()[1])["frobenius"])
     targets = adapter.targets.values()
     size = sum(t.A_RI.nbytes + t.B_OR.nbytes for t in targets)
-    origin = read_json(patch / PROVENANCE) if (patch / PROVENANCE).is_file() else {}
     about = {
         "patch": str(patch),
         "base": adapter.base,
@@ -111,7 +85,7 @@ def inspect(patch: Path) -> Numbers:
         "parameters": sum(t.rank * sum(t.shape) for t in targets),
         "bytes": size,
         "also": adapter.beyond_deltas,
-        "provenance": {k: v for k, v in origin.items() if isinstance(v, str | int | float)},
+        "provenance": _flat(provenance(patch) or {}),
     }
     fields = ("name", "shape", "rank", "scale")
     modules = [
@@ -121,62 +95,73 @@ def inspect(patch: Path) -> Numbers:
     return {"about": about, "modules": modules}
 
 
+def _flat(facts: Numbers, before: str = "") -> Numbers:
+    """What a screen shows of a provenance: its single values, `source.sha256` and the like."""
+    found: Numbers = {}
+    for name, value in facts.items():
+        if isinstance(value, dict) and name not in ("files", "recipe", "libraries"):
+            found |= _flat(value, f"{before}{name}.")
+        elif isinstance(value, str | int | float):
+            found[f"{before}{name}"] = value
+    return found
+
+
 def _root_mean(values: Sequence[float]) -> float:
     return (sum(x**2 for x in values) / len(values)) ** 0.5
 
 
-def _adapter(patch: Path, version: Mapping[str, TensorEntry]) -> Adapter:
+def _adapter(patch: Path, version: Source | None) -> Adapter:
     """A patch that holds deltas; checked against the version where there is one."""
-    adapter = read_patches([(patch, 1.0)], version, tied=False)[0][0] if version else read_adapter(patch)
+    adapter = version.fitting(patch) if version else read_adapter(patch)
     if adapter.beyond_deltas or not adapter.targets:
         raise ResolveError(f"{patch}: {adapter.beyond_deltas or 'holds no delta'}: a diagnosis is of deltas only")
     return adapter
 
 
-def _module(
-    adapter: Adapter,
-    other: Adapter | None,
-    name: str,
-    version: Mapping[str, TensorEntry],
-    root: Mapping[str, TensorEntry],
-) -> Numbers:
+def _module(adapter: Adapter, other: Adapter | None, name: str, version: Source | None, base: Source | None) -> Numbers:
     target = adapter.targets[name]
     factors = Factors.of(target)
     U_OR, sigma_R, V_IR = factors.svd()
     found: Numbers = {"rank": target.rank, "shape": list(target.shape), **spectrum(sigma_R)}
-    stored = version.get(stored_name(f"{name}.weight", version) or "") if version else None
-    W_OI = None if stored is None else _weight(stored, target)
-    if stored is not None and W_OI is not None:
-        found |= _against(adapter, name, stored, W_OI, found["frobenius"])
-    if W_OI is not None and root:
-        found |= _overlap(W_OI - _weight(_same(name, stored, root), target), U_OR, V_IR)
+    W = version.tensor(stored_in(name, version)) if version else None
+    W_OI = None if W is None else _turned(W, target)
+    if W is not None and W_OI is not None:
+        found |= _against(adapter, name, W, found["frobenius"])
+        if base:
+            found |= _overlap(W_OI - _turned(_before(name, W, base), target), U_OR, V_IR)
     if other is not None:
         found |= _residual(factors, (U_OR, V_IR), Factors.of(other.targets[name]), W_OI, found["frobenius"])
     return found
 
 
-def _weight(entry: TensorEntry, target: Target) -> Tensor:
+def stored_in(module: str, version: Source) -> str:
+    """The stored tensor of a module's weight."""
+    name = stored_name(f"{module}.weight", version.tensors)
+    assert name is not None, "the patch was checked against the version"
+    return name
+
+
+def _turned(W: Tensor, target: Target) -> Tensor:
     """W_OI, float64."""
-    W = read_tensor(entry).double()
-    return W.T if target.transposed else W
+    return W.double().T if target.transposed else W.double()
 
 
-def _same(name: str, stored: TensorEntry | None, root: Mapping[str, TensorEntry]) -> TensorEntry:
-    entry = root.get(stored_name(f"{name}.weight", root) or "")
-    if stored is None or entry is None or entry.shape != stored.shape:
-        raise ResolveError(f"`{name}`: θ₀ and θₜ hold no weight of the same shape there: not versions of one model")
-    return entry
+def _before(module: str, W: Tensor, base: Source) -> Tensor:
+    name = stored_name(f"{module}.weight", base.tensors)
+    if name is None or base.tensors[name].shape != tuple(W.shape):
+        raise ResolveError(f"`{module}`: θ₀ and θₜ hold no weight of the same shape there: not versions of one model")
+    return base.tensor(name)
 
 
-def _against(adapter: Adapter, name: str, stored: TensorEntry, W_OI: Tensor, size: float) -> Numbers:
+def _against(adapter: Adapter, name: str, W: Tensor, size: float) -> Numbers:
     """The delta beside the weight, and what the weight's dtype keeps of it."""
-    W = read_tensor(stored)
     dW = delta(adapter, name).double()
-    moved = add(W, [Delta(adapter, name)], DTYPES[stored.dtype]).double() - W.double()
+    moved = add(W, [Delta(adapter, name)], W.dtype).double() - W.double()
     touched = dW != 0
+    norm = float(W.double().norm())
     return {
-        "weight": float(W_OI.norm()),
-        "relative": size / max(float(W_OI.norm()), 1e-300),
+        "weight": norm,
+        "relative": size / max(norm, 1e-300),
         "lost": float((moved - dW).norm()) / max(size, 1e-300),
         "absorbed": float(((moved == 0) & touched).sum()) / max(int(touched.sum()), 1),
     }
@@ -197,11 +182,12 @@ def _residual(
 ) -> Numbers:
     """R = Δθ' − Δθ: Δθ is the patch asked about, Δθ' the other one."""
     U_OR, _, V_IR = second.svd()
-    found = spectrum(second.minus(first).svd()[1])
+    found = spectrum(stacked([second, first.times(-1)]).svd()[1])
     residual: Numbers = {"frobenius": found["frobenius"], "spectral": found["spectral"]}
     residual["of_patch"] = found["frobenius"] / max(size, 1e-300)
     if W_OI is not None:
-        residual["of_patched"] = found["frobenius"] / max(float((W_OI + first.B_OR @ first.A_RI).norm()), 1e-300)
+        residual["patched"] = float((W_OI + first.B_OR @ first.A_RI).norm())
+        residual["of_patched"] = found["frobenius"] / max(residual["patched"], 1e-300)
     residual["angles_out"], residual["angles_in"] = angles(spaces[0], U_OR), angles(spaces[1], V_IR)
     return {"residual": residual}
 
@@ -219,10 +205,20 @@ def _total(modules: Iterable[Numbers]) -> Numbers:
     if all("weight" in m for m in every):
         total["relative"] = total["frobenius"] / max(_root_sum(every, "weight"), 1e-300)
         lost = [m | {"lost": m["lost"] * m["frobenius"]} for m in every]
+        total["absorbed"] = sum(m["absorbed"] * math.prod(m["shape"]) for m in every) / sum(
+            math.prod(m["shape"]) for m in every
+        )
         total["lost"] = _root_sum(lost, "lost") / max(total["frobenius"], 1e-300)
     if all("residual" in m for m in every):
         total["residual"] = _root_sum([m["residual"] for m in every], "frobenius")
         total["residual_of_patch"] = total["residual"] / max(total["frobenius"], 1e-300)
+    if all("patched" in m.get("residual", ()) for m in every):
+        patched = _root_sum([m["residual"] for m in every], "patched")
+        total["residual_of_patched"] = total["residual"] / max(patched, 1e-300)
+    if all("overlap_out" in m for m in every):
+        moved = max(sum(m["update"] ** 2 for m in every), 1e-300)
+        for side in ("overlap_out", "overlap_in"):
+            total[side] = sum(m[side] * m["update"] ** 2 for m in every) / moved
     return total
 
 
@@ -230,13 +226,13 @@ def _root_sum(every: Sequence[Numbers], name: str) -> float:
     return float(sum(m[name] ** 2 for m in every) ** 0.5)
 
 
-def update_size(version: Mapping[str, TensorEntry], root: Mapping[str, TensorEntry]) -> float:
+def update_size(version: Source, base: Source) -> float:
     """‖θₜ − θ₀‖ / ‖θ₀‖ over all tensors, one of them in memory at a time."""
     moved = before = 0.0
-    for name, entry in root.items():
-        if name not in version or version[name].shape != entry.shape:
+    for name, entry in base.tensors.items():
+        if name not in version.tensors or version.tensors[name].shape != entry.shape:
             raise ResolveError(f"`{name}`: θ₀ and θₜ hold no tensor of the same shape there: not versions of one model")
-        W0 = read_tensor(entry).float()
-        moved += float((read_tensor(version[name]).float() - W0).norm(dtype=torch.float64)) ** 2
+        W0 = base.tensor(name).float()
+        moved += float((version.tensor(name).float() - W0).norm(dtype=torch.float64)) ** 2
         before += float(W0.norm(dtype=torch.float64)) ** 2
     return (moved / max(before, 1e-300)) ** 0.5

@@ -1,18 +1,16 @@
 """Stage `export`: a version with patches merged, as a complete model directory and where it came from."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import portllm
 from portllm.errors import StageError
-from portllm.formats.adapter import read_adapter
-from portllm.formats.tensors import PROVENANCE, content_digest, read_json
+from portllm.formats.tensors import PROVENANCE
 from portllm.study.recipes import Export
 from portllm.work.apply import apply
 from portllm.work.context import RunContext, Summary
+from portllm.work.provenance import of_model, write_json
+from portllm.work.source import Terms
 from portllm.work.versions import materialise, numbered, version_digest, version_inputs
 
 
@@ -27,30 +25,10 @@ def export(recipe: Export, inputs: Mapping[str, Path], out: Path, run: RunContex
     scales = recipe.scales or (1.0,) * len(patches)
     if len(scales) != len(patches):
         raise StageError(f"recipe holds {len(scales)} scales and the inputs {len(patches)} patches; give one to each")
-    version = materialise(root, deltas, run.scratch)
-    summary = apply(version, list(zip(patches, scales, strict=True)), out, recipe.dtype)
+    version, added = materialise(root, deltas, run.scratch), list(zip(patches, scales, strict=True))
+    summary = apply(version, added, out, recipe.dtype)
     summary["sha256"] = version_digest({"root": out})
-    origin = _provenance(recipe, deltas, patches, scales) | {"sha256": summary["sha256"]}
-    (out / PROVENANCE).write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    facts = of_model(root, added, recipe.dtype, Terms(deltas)) | {"recipe": asdict(recipe)}
+    write_json(out / PROVENANCE, facts | {"sha256": summary["sha256"]})
     run.log(f"merged {len(patches)} patches into {summary['touched']} of {summary['tensors']} tensors")
     return summary
-
-
-def _provenance(recipe: Export, deltas: list[Path], patches: list[Path], scales: tuple[float, ...]) -> dict[str, Any]:
-    """What the weights are made of, by content: directory names mean nothing on another machine."""
-    return {
-        "portllm": portllm.__version__,
-        "recipe": asdict(recipe),
-        "deltas": [_origin(path) for path in deltas],
-        "patches": [_origin(path) | {"scale": scale} for path, scale in zip(patches, scales, strict=True)],
-    }
-
-
-def _origin(directory: Path) -> dict[str, Any]:
-    """An adapter's digest, what it says it was trained on, and its own provenance where it has one."""
-    own = directory / PROVENANCE
-    return {
-        "content": content_digest(directory),
-        "base": read_adapter(directory).base,
-        "provenance": read_json(own) if own.is_file() else None,
-    }

@@ -3,23 +3,23 @@
 A patch is a plain PEFT adapter directory; `provenance.json` beside it says what made it.
 """
 
-import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from portllm.errors import StageError
-from portllm.formats.tensors import PROVENANCE
+from portllm.formats.tensors import sha256
 from portllm.study.keys import canonical
 from portllm.study.recipes import Finetune
 from portllm.work.batches import Batch, Sequences, examples, finetune_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.lora import attach, private_copy, save_adapter
+from portllm.work.provenance import licence, seal_patch
 from portllm.work.requests import open_examples
 from portllm.work.training import train
+from portllm.work.versions import identify
 
-LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
+METRICS = ("steps", "tokens", "loss_first", "loss_last")
 
 
 def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunContext) -> Summary:
@@ -31,7 +31,7 @@ def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunCo
     ledger = train(model, data, plan(recipe, data), recipe.optimization, "lora", run, out)
     if run.rank == 0:
         save_adapter(adapted, out)
-        write_provenance(recipe, ledger, out)
+        seal_patch(out, facts(recipe, inputs, ledger, resident.path, run))
     return ledger
 
 
@@ -51,10 +51,15 @@ def plan(recipe: Finetune, data: Sequences) -> list[Batch]:
     return finetune_batches(data.lengths, batch, steps, seed)
 
 
-def write_provenance(recipe: Finetune, ledger: Summary, out: Path) -> None:
-    facts = {
+def facts(recipe: Finetune, inputs: Mapping[str, Path], ledger: Summary, model: Path, run: RunContext) -> Summary:
+    """What the provenance says of this patch."""
+    digest, lineage = identify(inputs, run.scratch)
+    task = open_examples(inputs["examples"]).meta.get("task")
+    return {
+        "step": dict(run.about),
+        "source": {"sha256": digest, "lineage": lineage},
+        "data": {"task": task, "examples": ledger["examples"], "sha256": sha256(inputs["examples"] / "tokens.npy")},
         "recipe": canonical(recipe),
-        "examples": ledger["examples"],
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "metrics": {name: ledger[name] for name in METRICS if name in ledger},
+        "licence": licence(model),
     }
-    (out / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n")

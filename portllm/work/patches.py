@@ -18,7 +18,8 @@ from torch import Tensor
 from portllm.errors import ResolveError
 from portllm.formats.adapter import Adapter, stored_name
 from portllm.formats.tensors import TensorEntry
-from portllm.work.changes import Applied, Change, Delta, Replacement
+from portllm.work.blending import blend_deltas
+from portllm.work.changes import Applied, Blended, Change, Delta, Replacement, Rounding
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -94,6 +95,12 @@ def delta(adapter: Adapter, module: str, scale: float = 1.0) -> Tensor:
     return dW if scale == 1.0 else dW * scale
 
 
+def blended(change: Blended) -> Tensor:
+    """The one delta in fp32, in the orientation of the stored weight."""
+    deltas = [delta(part.adapter, part.module, part.scale) for part in change.parts]
+    return blend_deltas(deltas, change.how, change.parts[0].module)
+
+
 def product(adapter: Adapter, module: str, workspace: Workspace) -> Tensor:
     """B·A in fp32, in the orientation of the stored weight, in the workspace."""
     target = adapter.targets[module]
@@ -151,6 +158,10 @@ def _change(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Ten
     """One change of W into `out`, which may be W."""
     if isinstance(change, Replacement):
         return out.copy_(_factor(change.entry, change.parameter))
+    if isinstance(change, Rounding):
+        return out.copy_(W.to(DTYPES[change.dtype]))
+    if isinstance(change, Blended):
+        return out.copy_(W.float() + blended(change))
     target = change.adapter.targets[change.module]
     if change.part == "bias":
         assert target.bias is not None

@@ -14,9 +14,9 @@ import torch
 
 from portllm.errors import ResolveError, StageError
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
-from portllm.work.apply import ties_embeddings
 from portllm.work.changes import Applied, Patches, read_patches, touched
 from portllm.work.patches import DTYPES, add, read_tensor, require_same_copies
+from portllm.work.source import ties_embeddings
 
 _EVALUATION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +30,7 @@ class Resident:
         """Complete model directory: the version's bits."""
         self.device = device
         self._tensors = model_tensors(path)
-        self._tied = ties_embeddings(read_json(path / "config.json"))
+        self._tied = ties_embeddings(read_json(path / "config.json"), self._tensors)
         self.storage: torch.dtype = getattr(torch, storage_dtype(self._tensors))
         """Storage dtype D of the version."""
         self.model = _load(path, _EVALUATION[dtype]).to(device)

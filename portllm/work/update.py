@@ -5,7 +5,6 @@ model lies `version.json`, with the sha256 of the new version's materialised ten
 version checks itself against it.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from portllm.work import versions
 from portllm.work.batches import packed, update_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.lora import attach, check_saved, private_copy, save_adapter
+from portllm.work.provenance import write_json
 from portllm.work.training import train
 
 SHARD = "2GB"
@@ -44,7 +44,7 @@ def update(recipe: Update, inputs: Mapping[str, Path], out: Path, run: RunContex
             save_model(model, resident.path, out)
         else:
             save_adapter(adapted, out)
-        write_version(recipe, inputs, out, resident.storage)
+        write_version(recipe, inputs, out, resident.storage, run.scratch)
     return ledger
 
 
@@ -71,14 +71,17 @@ def save_model(model: Any, root: Path, out: Path) -> None:
         check_saved(file)
 
 
-def write_version(recipe: Update, inputs: Mapping[str, Path], out: Path, storage: torch.dtype) -> None:
-    """`version.json`: how the version was made, its storage dtype, and the sha256 of its materialised tensors."""
+def write_version(recipe: Update, inputs: Mapping[str, Path], out: Path, storage: torch.dtype, scratch: Path) -> None:
+    """`version.json`: how the version was made, its storage dtype, the sha256 of its materialised tensors and of each
+    version before it, θ₀ first."""
+    before, lineage = versions.identify(inputs, scratch)
     facts = {
         "method": recipe.method,
         "storage": str(storage).removeprefix("torch."),
         "sha256": versions.version_digest(roles_after(recipe, inputs, out)),
+        "lineage": [*lineage, before],
     }
-    (out / "version.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(out / versions.CLAIM, facts)
 
 
 def roles_after(recipe: Update, inputs: Mapping[str, Path], out: Path) -> dict[str, Path]:

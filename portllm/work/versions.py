@@ -21,14 +21,16 @@ from filelock import FileLock
 
 from portllm.errors import StageError
 from portllm.formats.tensors import content_files, read_json, weight_files
-from portllm.work.apply import Source, apply, published
+from portllm.work.apply import apply
 from portllm.work.patches import tensor_bytes
+from portllm.work.publishing import published
 from portllm.work.resident import Resident
+from portllm.work.source import Source
 
 IN_USE_S = 600
 """Seconds after its last opening in which a built version is not dropped."""
-_CLAIM = "version.json"
-"""Beside a delta's adapter: {"sha256": digest of the version it makes}, written by its update."""
+CLAIM = "version.json"
+"""Written by an update beside its delta or model: the sha256 of the version it makes, and of those before it."""
 
 
 def numbered(inputs: Mapping[str, Path], role: str) -> list[Path]:
@@ -58,6 +60,24 @@ def version_digest(inputs: Mapping[str, Path]) -> str:
         digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode() + b"\n")
         digest.update(tensor_bytes(source.tensor(name)))
     return digest.hexdigest()
+
+
+def identify(inputs: Mapping[str, Path], scratch: Path) -> tuple[str, list[str]]:
+    """(sha256 of a version, sha256 of each version before it, θ₀ first), as its updates recorded them.
+
+    Of a model that no update made, the digest is computed once per node; nothing is known to come before it.
+    """
+    root, deltas = version_inputs(inputs)
+    claim = (deltas[-1] if deltas else root) / CLAIM
+    if claim.is_file() and "sha256" in (facts := read_json(claim)):
+        return str(facts["sha256"]), [str(digest) for digest in facts.get("lineage", [])]
+    kept = scratch / "digests" / _identity([root, *deltas])
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        written = kept.with_suffix(f".{os.getpid()}")
+        written.write_text(version_digest(inputs))
+        written.rename(kept)
+    return kept.read_text(), []
 
 
 def materialise(root: Path, deltas: Sequence[Path], scratch: Path) -> Path:
@@ -102,7 +122,7 @@ def _make_room(versions: Path, need: int) -> None:
 
 def _check(built: Path, last: Path) -> None:
     """The rebuilt bits are those the lineage was trained on; another processor may sum a product in another order."""
-    claim = last / _CLAIM
+    claim = last / CLAIM
     expected = read_json(claim).get("sha256") if claim.is_file() else None
     if expected is None:
         return

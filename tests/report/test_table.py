@@ -17,25 +17,25 @@ from tests.report.made_up_study import MadeUp
 
 
 def test_the_table_shows_arms_difference_and_decision(made_up: MadeUp) -> None:
-    shown = printed(verdicts(made_up.rows, made_up.items, made_up.steps))
+    shown = printed(main_table(verdicts(made_up.rows, made_up.items, made_up.steps)))
     assert "tiny · full (acc, rank 8, merged, float32)" in shown
     assert "tiny · lora" in shown
     assert all(word in shown for word in ("none", "port−refit", "easy", "hard", "refit", "±"))
 
 
 def test_the_table_fits_80_columns(made_up: MadeUp) -> None:
-    assert max(map(len, printed(verdicts(made_up.rows, made_up.items), width=80).splitlines())) <= 80
+    assert max(map(len, printed(main_table(verdicts(made_up.rows, made_up.items)), width=80).splitlines())) <= 80
 
 
 def test_square_brackets_in_names_are_no_markup(made_up: MadeUp) -> None:
     rows = [{**row, "task": "[red]odd[/red]", "lineage": "[b]"} for row in made_up.rows if row["task"] == "easy"]
-    shown = printed(verdicts(rows[:5], made_up.items))
+    shown = printed(main_table(verdicts(rows[:5], made_up.items)))
     assert "[red]odd[/red]" in shown
     assert "[b]" in shown
 
 
 def test_no_results_is_said(made_up: MadeUp) -> None:
-    assert "no results yet" in printed([])
+    assert "no results yet" in printed(main_table([]))
     assert main_table([]) is not None
 
 

@@ -51,6 +51,20 @@ def test_a_lora_update_is_a_delta_and_a_full_one_a_new_root():
     assert [last[f"update soft t={t}"].recipe.start for t in (1, 2)] == [0, 1000]
 
 
+def test_a_diagnosis_pairs_port_with_the_refit_of_the_same_rank_and_seed():
+    found = plan("diagnose=true", "finetune.rank=[4, 8]")
+    assert len(found.diagnoses) == len({d.key for d in found.diagnoses}) == 4 * 2 * 2 * 2, "versions, tasks, ranks, seeds"
+    one = next(d for d in found.diagnoses if (d.lineage, d.t, d.task, d.rank, d.seed) == ("soft", 2, "easy", 8, 1))
+    at = {"lineage": "soft", "task": "easy", "rank": 8, "seed": 1}
+    ported, refit = (cells(found, arm=arm, t=2, **at)[0].patches[0] for arm in ("port", "refit"))
+    inputs = found.steps[one.key].inputs
+    assert (inputs["patch1"], inputs["other"]) == (ported, refit)
+    assert inputs["zero"] == inputs["root"] and inputs["delta2"]
+    assert not plan().diagnoses
+    alone = plan("diagnose=true", "arms=[none, port]")
+    assert all("other" not in alone.steps[d.key].inputs for d in alone.diagnoses)
+
+
 def test_adding_a_task_adds_only_its_own_steps():
     before, after = plan("tasks=[easy]"), plan("tasks=[easy, hard]")
     assert before.steps.keys() < after.steps.keys()

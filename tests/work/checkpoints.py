@@ -14,17 +14,33 @@ _LLAMA = _COMMON | {
     "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 10, "initializer_range": 0.1,
 }  # fmt: skip
+_ALTERNATING = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
     "mistral": lambda: transformers.MistralConfig(**_LLAMA, tie_word_embeddings=True),
     "gpt2": lambda: transformers.GPT2Config(**_COMMON, n_embd=40, n_layer=2, n_head=4),
+    "gemma2": lambda: transformers.Gemma2Config(**_LLAMA | _ALTERNATING),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_LLAMA | _ALTERNATING),
+    "qwen2": lambda: transformers.Qwen2Config(**_LLAMA, tie_word_embeddings=False),
+    "phi3": lambda: transformers.Phi3Config(**_LLAMA, tie_word_embeddings=False),
 }
+BASIC = ("llama", "mistral", "gpt2")
+"""Untied, tied, transposed: enough for what depends on none of the others' names, norms, biases and fused layers."""
 
 
 def save_model(out: Path, architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, **save: Any) -> Path:
     """A randomly initialised model, as `save_pretrained` writes it."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases start equal: one that takes another's place would not show
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(dtype)
     model.save_pretrained(out, **save)
     return out
 

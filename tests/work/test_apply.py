@@ -14,24 +14,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from portllm.errors import ResolveError, StageError
-from portllm.formats.tensors import INDEX, model_tensors
+from portllm.formats.tensors import ADAPTER, INDEX, model_tensors
 from portllm.work import apply as module
 from portllm.work import streaming
-from portllm.work.apply import How, apply, atomic_apply, published
+from portllm.work.apply import How, apply, atomic_apply
+from portllm.work.publishing import published
 from portllm.work.resident import Resident
 from tests.toys import portllm
 from tests.work.checkpoints import CONFIGS, bits, load, peft_merged, same_bits, save_adapter, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = [(name, dtype) for name in CONFIGS for dtype in ("float32", "bfloat16")] + [("llama", "float16")]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every architecture in fp32 and bf16 with a plain and a rank-stabilised patch, written once."""
+    """Every architecture in each stored dtype with a plain and a rank-stabilised patch, written once."""
     root = tmp_path_factory.mktemp("made")
+    for name, dtype in STORED:
+        save_model(root / f"{name}-{dtype}", name, DTYPES[dtype])
     for name in CONFIGS:
-        for dtype in ("float32", "bfloat16"):
-            save_model(root / f"{name}-{dtype}", name, DTYPES[dtype])
         save_adapter(root / f"{name}-plain", root / f"{name}-float32")
         patterns = {"rank_pattern": {r".*0.*proj": 2}, "alpha_pattern": {r"1\..*": 3}} if name != "gpt2" else {}
         save_adapter(root / f"{name}-rslora", root / f"{name}-float32", seed=2, r=6, use_rslora=True, **patterns)
@@ -43,16 +45,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "dtype"), STORED)
 def test_applied_weights_are_pefts_merge_to_the_bit(
     made: Path, tmp_path: Path, name: str, dtype: str, kind: str
 ) -> None:
     source, patch = made / f"{name}-{dtype}", made / f"{name}-{kind}"
     summary = apply(source, [(patch, 1.0)], tmp_path / "out")
     assert same_bits(load(tmp_path / "out", DTYPES[dtype]).state_dict(), peft_merged(source, patch, DTYPES[dtype]))
-    assert summary["touched"] == len(load_file(patch / "adapter_model.safetensors")) // 2
+    assert summary["touched"] == len(load_file(patch / ADAPTER)) // 2
     assert summary["dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_factors_stored_in_16_bits_are_pefts_merge_onto_fp32_to_the_bit(made: Path, tmp_path: Path, dtype: str) -> None:
+    source, patch = made / "llama-float32", shutil.copytree(made / "llama-plain", tmp_path / "p")
+    factors = load_file(patch / ADAPTER)
+    save_file({name: factor.to(DTYPES[dtype]) for name, factor in factors.items()}, patch / ADAPTER)
+    apply(source, [(patch, 1.0)], tmp_path / "out")
+    merged = load(tmp_path / "out", torch.float32).state_dict()
+    assert same_bits(merged, peft_merged(source, patch, torch.float32))
+    assert not same_bits(merged, peft_merged(source, made / "llama-plain", torch.float32))
 
 
 BEYOND: dict[str, tuple[str, dict[str, Any]]] = {

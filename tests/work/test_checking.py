@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from portllm.cli import main
 from portllm.formats.tensors import ADAPTER
 from portllm.work.checking import check
+from portllm.work.versions import version_digest
 from tests.work.checkpoints import save_adapter, save_model
 
 
@@ -88,3 +89,22 @@ def test_the_commands_speak_in_words_and_in_json(made: Path, capsys: pytest.Capt
     found = json.loads(said("diagnose", patch, "--other", patch, "--json"))[0]
     assert found["total"]["residual_of_patch"] < 1e-6
     assert "give --model" in said("diagnose", patch, "--base", model, code=2)
+
+
+def test_where_the_source_version_stands_in_the_lineage_is_said(made: Path, tmp_path: Path) -> None:
+    patch, model, later = tmp_path / "patch", made / "model", tmp_path / "later"
+    shutil.copytree(made / "patch", patch)
+    shutil.copytree(made / "later", later)
+    source, target = (version_digest({"root": path}) for path in (model, later))
+
+    def said(trained_on: str, before: list[str], on: Path) -> tuple[str, str]:
+        facts = {"source": {"sha256": trained_on, "lineage": before}}
+        (patch / "provenance.json").write_text(json.dumps(facts))
+        found = [f for f in check(on, patch).findings if f.what == "source version"]
+        return found[0].kind, found[0].reason
+
+    assert said(source, [], model) == ("note", "is this very model: the patch was trained on it")
+    assert said(source, [], later)[0] == "warning"
+    assert said(target, [source], model) == ("warning", "is later than this model: the patch would go back in time")
+    (later / "version.json").write_text(json.dumps({"sha256": target, "lineage": [source]}))
+    assert said(source, [], later) == ("note", "is 1 update before this one")

@@ -10,6 +10,7 @@ from portllm.formats.adapter import read_adapter, stored_name
 from portllm.formats.tensors import model_tensors
 from portllm.work.diagnose import diagnose
 from portllm.work.patches import delta, read_tensor
+from portllm.work.source import Source
 from tests.work.checkpoints import save_adapter, save_model
 
 
@@ -29,6 +30,10 @@ def dense(made: Path, patch: str, module: str) -> torch.Tensor:
     adapter = read_adapter(made / patch)
     dW = delta(adapter, module).double()
     return dW.T if adapter.targets[module].transposed else dW
+
+
+def read(model: Path) -> Source:
+    return Source.read(model, [])
 
 
 def weight(made: Path, version: str, module: str) -> torch.Tensor:
@@ -59,7 +64,7 @@ def _factors(patch: Path) -> list[torch.Tensor]:
 
 
 def test_against_a_version_and_its_update(made: Path) -> None:
-    found = diagnose(made / "p", made / "model", made / "base")
+    found = diagnose(made / "p", read(made / "model"), read(made / "base"))
     for module, numbers in found["modules"].items():
         dW, W, W0 = dense(made, "p", module), weight(made, "model", module), weight(made, "base", module)
         moved = (W + dW).float().bfloat16().double() - W
@@ -78,7 +83,7 @@ def test_against_a_version_and_its_update(made: Path) -> None:
 
 
 def test_against_another_patch(made: Path) -> None:
-    found = diagnose(made / "p", made / "model", other=made / "q")
+    found = diagnose(made / "p", read(made / "model"), other=made / "q")
     for module, numbers in found["modules"].items():
         first, second = dense(made, "p", module), dense(made, "q", module)
         residual, W = second - first, weight(made, "model", module)
@@ -100,7 +105,7 @@ def test_what_does_not_fit_together_is_refused(made: Path, tmp_path: Path) -> No
         diagnose(made / "p", other=few)
     save_model(tmp_path / "other", "mistral", torch.bfloat16)
     with pytest.raises(ResolveError, match="not versions of one model|trained on another"):
-        diagnose(made / "p", tmp_path / "other", made / "base")
+        diagnose(made / "p", read(tmp_path / "other"), read(made / "base"))
 
 
 def test_what_is_more_than_deltas_is_not_diagnosed_as_if_it_were_not(made: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from portllm.work.context import RunContext, Summary
 from portllm.work.corpora import corpus
 from portllm.work.finetune import finetune
 from portllm.work.lora import attach, check_saved
+from portllm.work.provenance import altered
 from portllm.work.update import update
 from portllm.work.versions import Versions, version_digest
 from tests.work.checkpoints import save_model
@@ -99,7 +100,8 @@ def test_a_lora_update_is_a_delta_and_the_next_one_starts_from_its_bits(toy: dic
     assert ledger["trainable_parameters"] < ledger["total_parameters"] / 4
     facts = json.loads((tmp_path / "delta1" / "version.json").read_text())
     inputs = {"root": toy["root"], "delta1": tmp_path / "delta1"}
-    assert facts == {"method": "lora", "storage": "bfloat16", "sha256": version_digest(inputs)}
+    zero = version_digest({"root": toy["root"]})
+    assert facts == {"method": "lora", "storage": "bfloat16", "sha256": version_digest(inputs), "lineage": [zero]}
 
     second = replace(UPDATE, start=1600)
     within = context(tmp_path / "scratch")
@@ -107,7 +109,8 @@ def test_a_lora_update_is_a_delta_and_the_next_one_starts_from_its_bits(toy: dic
     opened = within.open(inputs, "float32")
     assert version_digest({"root": opened.path}) == facts["sha256"]
     third = inputs | {"delta2": tmp_path / "delta2"}
-    assert json.loads((tmp_path / "delta2" / "version.json").read_text())["sha256"] == version_digest(third)
+    later = json.loads((tmp_path / "delta2" / "version.json").read_text())
+    assert (later["sha256"], later["lineage"]) == (version_digest(third), [zero, facts["sha256"]])
     seen = [json.loads((tmp_path / d / "documents.rank0.json").read_text()) for d in ("delta1", "delta2")]
     assert {d for step in seen[0] for d in step} != {d for step in seen[1] for d in step}
 
@@ -161,7 +164,11 @@ def test_a_patch_is_a_plain_peft_adapter_with_provenance(toy: dict[str, Path], t
     texts = [f.read_text() for f in (tmp_path / "patch").glob("*.json")]
     assert not any(str(place) in text for text in texts for place in (toy["root"].parent, tmp_path))
     provenance = json.loads((tmp_path / "patch" / "provenance.json").read_text())
-    assert provenance["examples"] == 48
+    assert provenance["data"]["examples"] == 48
+    assert provenance["source"] == {"sha256": version_digest({"root": toy["root"]}), "lineage": []}
+    assert provenance["metrics"]["steps"] == 6
+    assert altered(tmp_path / "patch") == []
+    assert "library_name: peft" in (tmp_path / "patch" / "README.md").read_text()
     assert provenance["recipe"]["lora"] == {"rank": 4, "alpha": 8}
     assert set(provenance["libraries"]) == {"torch", "transformers", "peft", "deepspeed"}
 
@@ -197,7 +204,7 @@ def test_a_training_that_comes_sixth_equals_one_in_a_fresh_process(toy: dict[str
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = [str(toy["root"]), str(toy["examples"]), str(tmp_path / "fresh")]
     subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "provenance.json"):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "sixth" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 

@@ -24,7 +24,7 @@ from portllm.work.context import RunContext
 from portllm.work.export import export
 from portllm.work.resident import Resident
 from portllm.work.versions import Versions, materialise, version_digest, version_inputs
-from tests.work.checkpoints import CONFIGS, load, same_bits, save_adapter, save_model
+from tests.work.checkpoints import BASIC, load, same_bits, save_adapter, save_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDS_BT = torch.arange(24).reshape(2, 12)
@@ -34,7 +34,7 @@ IDS_BT = torch.arange(24).reshape(2, 12)
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models in fp32 and bf16, and adapters d1, d2, p1, p2 for each architecture."""
     root = tmp_path_factory.mktemp("made")
-    for name in CONFIGS:
+    for name in BASIC:
         for dtype in ("float32", "bfloat16"):
             save_model(root / f"{name}-{dtype}", name, DTYPES[dtype])
         for seed, adapter in enumerate(("d1", "d2", "p1", "p2")):
@@ -171,7 +171,7 @@ def test_other_content_under_the_same_path_is_another_version(made: Path, tmp_pa
     assert version_digest({"root": first}) != version_digest({"root": second})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BASIC)
 def test_a_version_has_one_digest_in_parts_and_materialised(made: Path, tmp_path: Path, name: str) -> None:
     inputs = roles(made, name)
     path = materialise(*version_inputs(inputs), tmp_path)
@@ -261,7 +261,7 @@ def test_training_mode_and_gradients_are_put_back_without_a_load(made: Path, tmp
 
 @pytest.mark.parametrize("evaluated", DTYPES)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BASIC)
 def test_evaluated_applied_and_exported_weights_are_the_same_bits(
     made: Path, tmp_path: Path, name: str, stored: str, evaluated: str
 ) -> None:
@@ -280,7 +280,7 @@ def test_evaluated_applied_and_exported_weights_are_the_same_bits(
 
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BASIC)
 def test_a_patch_taken_off_leaves_the_model_as_it_was(
     made: Path, tmp_path: Path, name: str, dtype: str, mode: Any
 ) -> None:
@@ -334,7 +334,7 @@ def test_no_patch_is_the_version_itself(made: Path) -> None:
             assert torch.equal(logits(model), output)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BASIC)
 def test_kept_apart_is_pefts_forward_pass(made: Path, name: str) -> None:
     resident = Resident(made / f"{name}-bfloat16", "bfloat16")
     expected = PeftModel.from_pretrained(load(made / f"{name}-bfloat16", torch.bfloat16), made / f"{name}-p1").eval()
