@@ -175,6 +175,12 @@ def test_numbers_no_file_can_have_are_one_readable_error(tmp_path: Path, numeral
         assert_answered(write_raw(tmp_path / SINGLE, text.encode(), bytes(8)))
 
 
+def test_a_shape_of_a_hundred_thousand_sizes_is_refused_without_multiplying_or_quoting_them(tmp_path: Path) -> None:
+    with pytest.raises(ResolveError) as error:  # the product takes a second here, and days where a header is full
+        read_header(write_raw(tmp_path / SINGLE, {"a": entry(shape=[9] * 100_000)}, bytes(8)))
+    assert len(str(error.value)) < 1000
+
+
 UNPRINTABLE = ["two\nlines", "\x1b[2Jscreen", "\0", "a\rb", "\u2028", "\x85", "\u202e"]
 
 

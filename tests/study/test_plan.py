@@ -53,7 +53,9 @@ def test_a_lora_update_is_a_delta_and_a_full_one_a_new_root():
 
 def test_a_diagnosis_pairs_port_with_the_refit_of_the_same_rank_and_seed():
     found = plan("diagnose=true", "finetune.rank=[4, 8]")
-    assert len(found.diagnoses) == len({d.key for d in found.diagnoses}) == 4 * 2 * 2 * 2, "versions, tasks, ranks, seeds"
+    assert len(found.diagnoses) == len({d.key for d in found.diagnoses}) == 4 * 2 * 2 * 2, (
+        "versions, tasks, ranks, seeds"
+    )
     one = next(d for d in found.diagnoses if (d.lineage, d.t, d.task, d.rank, d.seed) == ("soft", 2, "easy", 8, 1))
     at = {"lineage": "soft", "task": "easy", "rank": 8, "seed": 1}
     ported, refit = (cells(found, arm=arm, t=2, **at)[0].patches[0] for arm in ("port", "refit"))
