@@ -21,7 +21,10 @@ class SpecError(PortllmError, ValueError):
 
 
 class ResolveError(PortllmError, ValueError):
-    """Something the study names is missing or unfit."""
+    """Something the study names is missing or unfit; one line of printable text, whatever the names in it hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class StoreError(PortllmError, OSError):
@@ -34,3 +37,8 @@ class StageError(PortllmError, RuntimeError):
 
 class EngineError(PortllmError, RuntimeError):
     """The cluster cannot run the plan."""
+
+
+def printable(text: str) -> str:
+    """A text with line ends, terminal escapes and lone surrogates written out: names come from files."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

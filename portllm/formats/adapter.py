@@ -23,7 +23,7 @@ _PARTS = {
 }  # fmt: skip
 """What a tensor is to its module, by the end of its name."""
 _PREFIX = "base_model.model."
-_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>\d+)\.")
+_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.")
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
@@ -169,11 +169,13 @@ def _require_types(file: Path, config: Mapping[str, Any]) -> None:
                 raise ResolveError(f"{file}: `{name}` is {value!r}; ranks are positive integers, alphas finite numbers")
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
         raise ResolveError(f"{file}: `bias` is {config['bias']!r}, which is none of none, all, lora_only")
+    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+        raise ResolveError(f"{file}: `base_model_name_or_path` is {base!r}, no name")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise ResolveError(f"{file}: `modules_to_save` is {saved!r}, no list of names")
     for field in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
-        if config.get(field) not in (None, True, False):
+        if config.get(field) is not None and type(config[field]) is not bool:
             raise ResolveError(f"{file}: `{field}` is {config[field]!r}, neither true nor false")
 
 
@@ -202,6 +204,8 @@ def _sorted_out(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, P
         end = next((end for end in _PARTS if bare.endswith(f".{end}")), None)
         if bare == name or (end is None and not _may_be_whole(bare, config)):
             raise ResolveError(f"{file}: `{name}` is nothing that {CONFIG} speaks of: it cannot be applied exactly")
+        if end is None and entry.dtype not in STORAGE:
+            raise ResolveError(f"{file}: `{name}` is stored as {entry.dtype}, not as {', '.join(STORAGE)}")
         if end is None:
             whole[bare] = entry
         elif _PARTS[end] in (found := parts.setdefault(bare.removesuffix(f".{end}"), {})):
@@ -261,7 +265,7 @@ def _by_pattern(directory: Path, config: Mapping[str, Any], field: str, module: 
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ResolveError(f"{directory / CONFIG}: `{field}` holds {pattern!r}, no pattern ({error})") from error
     return default
 

@@ -8,6 +8,7 @@ library only: plans read headers, and a plan imports no torch.
 import hashlib
 import json
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ STORAGE: Mapping[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "fl
 """The dtypes a version's weights may be stored in: safetensors' name to torch's."""
 HEADER_LIMIT = 100_000_000
 """Bytes of JSON: the reference implementation's own limit."""
+_DIMENSIONS, _SIZE = 64, 1 << 63
+"""Torch's own limits: a product of more factors takes days, and Python prints no number of over 4300 digits."""
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 PROVENANCE = "provenance.json"
 """Beside weights that this tool wrote: what made them."""
@@ -116,7 +119,8 @@ def _entry(file: Path, name: str, fields: object, begin: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise ResolveError(f"{file}: `{name}` has dtype {dtype!r}, which this version does not know")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise ResolveError(f"{file}: `{name}` has shape {shape!r} at {offsets!r}: not lists of natural numbers")
+        found = f"shape {reprlib.repr(shape)} at {reprlib.repr(offsets)}"
+        raise ResolveError(f"{file}: `{name}` has {found}: not lists of natural numbers")
     start, end = offsets
     if end - start != math.prod(shape) * ITEMSIZE[dtype]:
         raise ResolveError(f"{file}: `{name}` is {dtype} {shape}, but its offsets span {end - start} bytes")
@@ -125,7 +129,11 @@ def _entry(file: Path, name: str, fields: object, begin: int) -> TensorEntry:
 
 def _naturals(value: object) -> bool:
     """A list of non-negative integers (JSON's true is an int to Python)."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _DIMENSIONS
+        and all(type(item) is int and 0 <= item < _SIZE for item in value)
+    )
 
 
 def _in_order(file: Path, entries: dict[str, TensorEntry], begin: int, size: int) -> dict[str, TensorEntry]:
@@ -187,10 +195,18 @@ def weight_files(directory: Path) -> list[Path]:
         if not shards:
             raise ResolveError(f"{directory / INDEX}: names no tensors")
         for shard in shards:
-            if not (directory / shard).is_file():
+            if not _is_file(directory / shard):
                 raise ResolveError(f"{directory / shard}: the shard is missing, though {INDEX} names it")
         return [directory / INDEX, *(directory / shard for shard in shards)]
     raise ResolveError(_why_no_weights(directory))
+
+
+def _is_file(path: Path) -> bool:
+    """`Path.is_file`, which raises where a name is longer than the file system's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _why_no_weights(directory: Path) -> str:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from portllm.errors import printable
+
 Numbers = Mapping[str, Any]
 
 
@@ -16,14 +18,14 @@ def inspect_text(facts: Numbers) -> str:
     for kind in facts["modules"]:
         shape = "×".join(map(str, kind["shape"]))
         lines.append(
-            f"{kind['name']:<22}{kind['count']:>6}  {shape:<14}{kind['rank']:>5}{kind['scale']:>8.3g}"
+            f"{printable(kind['name']):<22}{kind['count']:>6}  {shape:<14}{kind['rank']:>5}{kind['scale']:>8.3g}"
             f"{kind['frobenius']:>10.4g}"
         )
     return "\n".join(lines)
 
 
-def _listed(value: object) -> object:
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+def _listed(value: object) -> str:
+    return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def check_text(verdict: Numbers, patch: str, model: str) -> str:
@@ -31,7 +33,7 @@ def check_text(verdict: Numbers, patch: str, model: str) -> str:
     head = f"{patch} fits {model}" if verdict["fits"] else f"{patch} does not fit {model}"
     ranks = ", ".join(map(str, verdict["ranks"]))
     lines = [f"{head}: {verdict['targets']} targets, rank {ranks}, onto {verdict['model_dtype']}"]
-    lines += [f"  {f['kind']}: `{f['what']}` {f['reason']}" for f in verdict["findings"][:20]]
+    lines += [printable(f"  {f['kind']}: `{f['what']}` {f['reason']}") for f in verdict["findings"][:20]]
     more = len(verdict["findings"]) - 20
     return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 

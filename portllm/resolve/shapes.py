@@ -76,7 +76,7 @@ def load_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ResolveError(f"{path}: missing; a model directory needs config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResolveError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ResolveError(f"{path}: a model's configuration is a JSON object")
