@@ -197,3 +197,68 @@ def _bytes_shown(quiet: bool) -> Iterator[Callable[[int], None]]:
     finally:
         if on_terminal and written:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@app.command()
+def evaluate(
+    model: HubOrDir,
+    tasks: Annotated[str, typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, groups or tags.")],
+    patch: Annotated[
+        list[Path] | None, typer.Option("--patch", metavar="DIR", help="A PEFT adapter (repeatable: each by itself).")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="DIR/TASK/validation.parquet, not the hub's data.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="Task definitions of your own.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Default: the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First documents only.")] = None,
+    mode: Annotated[
+        Literal["merged", "adapter"], typer.Option("--apply", help="Patches merged, or kept apart.")
+    ] = "merged",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
+    items: Annotated[Path | None, typer.Option(metavar="FILE", help="Every document's scores, as Parquet.")] = None,
+    json: Json = False,
+) -> None:
+    """Score patches on tasks, the model loaded once: lm-eval's numbers, item by item. No study, no store."""
+    from portllm.report.scores import item_table, score_rows, score_text
+    from portllm.work.cells import Asked, score
+    from portllm.work.hub import model_directory
+
+    names = [name for name in (part.strip() for part in tasks.split(",")) if name]
+    if not names:
+        raise SpecError("--tasks: names no task")
+    asked = Asked(names, data_root, include_path, num_fewshot, limit, mode, dtype, _device())
+    found = []
+    with _status_shown(quiet=json) as told:
+        for scored in score(model_directory(model), patch or [], asked, told):
+            found.append(scored)
+    rows = score_rows(model, mode, dtype, found)
+    if items is not None:
+        item_table(found, items)
+    print_json(rows) if json else print(score_text(rows))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _status_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """The cell that is being scored, on a terminal."""
+    on_terminal = not quiet and sys.stderr.isatty()
+    begun = 0
+
+    def show(what: str) -> None:
+        nonlocal begun
+        begun += 1
+        print(f"\r\x1b[K[{begun}] {what} …", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show if on_terminal else lambda what: None
+    finally:
+        if on_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

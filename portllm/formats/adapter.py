@@ -336,3 +336,13 @@ def _layers(stack: str, tensors: Mapping[str, TensorEntry]) -> int:
 
 def _times(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
+
+
+def ties_embeddings(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether the head is the embedding: the config says so, or the files hold no head."""
+    return config.get("tie_word_embeddings") is True or not any(last_part(name) in HEADS for name in tensors)
+
+
+def last_part(name: str) -> str:
+    """Last part of the module a tensor belongs to."""
+    return name.rpartition(".")[0].rpartition(".")[2]

@@ -107,6 +107,8 @@ def patch_facts(where: str, path: str, models: Mapping[str, ModelFacts], sources
     for name, facts in models.items():
         if facts.root is not None:
             with about(f"{where}: {directory} does not fit model `{name}`"):
-                adapter.require_fits(read, tensors.model_tensors(Path(facts.root.path)))
+                root = Path(facts.root.path)
+                stored, config = tensors.model_tensors(root), tensors.read_json(root / "config.json")
+                adapter.require_fits(read, stored, adapter.ties_embeddings(config, stored))
     ranks = sorted({t.rank for t in read.targets.values()}, reverse=True)
     return PatchFacts(sources.given("patch", directory, tensors.content_files(directory)), rank=ranks[0])

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import Adapter, check_fits, read_adapter
+from portllm.formats.adapter import Adapter, check_fits, read_adapter, ties_embeddings
 from portllm.formats.tensors import TOKENIZER_FILES, TensorEntry, model_tensors, read_json, sha256, storage_dtype
 from portllm.work.provenance import provenance
-from portllm.work.source import ties_embeddings
 
 _SAME_TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
 """Files that say which token is which; settings and templates may differ."""

@@ -64,7 +64,7 @@ def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunCo
     resident = run.open(inputs, recipe.dtype)
     with resident.applied(list(zip(patches, recipe.scales, strict=True)), mode=recipe.apply):
         started = run.clock()
-        responses, truncated = respond(resident, requests, recipe.score_tokens)
+        responses, noted = respond(resident, requests, recipe.score_tokens)
         score_s = run.clock() - started
     graded = grade(task, documents, requests, responses)
     results = {"metrics": graded.metrics, "n": len(documents), "num_fewshot": requests.meta["num_fewshot"]}
@@ -73,16 +73,22 @@ def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunCo
     (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False), encoding="utf-8")
     run.log(" ".join(f"{m['metric']},{m['filter']}={m['value']}" for m in graded.metrics))
     speed = len(documents) / score_s if score_s > 0 else None
-    return {**results, "truncated": truncated, "score_s": score_s, "items_per_s": speed}
+    return {**results, **noted, "score_s": score_s, "items_per_s": speed}
 
 
-def respond(resident: Any, requests: RequestSet, budget: int) -> tuple[list[Any], int]:
-    """lm-eval's response to each request, (log-likelihood, is greedy) or text; and how many requests were truncated."""
-    if requests.meta["output_type"] == "generate_until":
-        return generate(resident.model, resident.tokenizer, requests, budget)
+def respond(resident: Any, requests: RequestSet, budget: int) -> tuple[list[Any], dict[str, int]]:
+    """lm-eval's response to each request, (log-likelihood, is greedy), log-likelihood or text; and what was noted.
+
+    Noted are requests that were truncated, and batches that were halved for want of memory.
+    """
+    kind = requests.meta["output_type"]
+    if kind == "generate_until":
+        texts, truncated = generate(resident.model, resident.tokenizer, requests, budget)
+        return list(texts), {"truncated": truncated}
     scores = loglikelihoods(resident.model, requests, budget)
-    pairs = zip(scores.loglikelihoods.tolist(), scores.greedy.tolist(), strict=True)
-    return list(pairs), scores.truncated
+    noted = {"truncated": scores.truncated, "halved": scores.halved}
+    likely = scores.loglikelihoods.tolist()
+    return likely if kind == "loglikelihood_rolling" else list(zip(likely, scores.greedy.tolist(), strict=True)), noted
 
 
 _tasks: dict[Path, tuple[Any, list[dict[str, Any]]]] = {}
@@ -151,6 +157,8 @@ def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str
         choices = len(task.doc_to_choice(doc))
         gold = ",".join(map(str, lmeval.gold_choices(task, doc)))
         return {"choice_loglikelihoods": scores, "prediction": str(int(np.argmax(scores[:choices]))), "target": gold}
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return {"choice_loglikelihoods": [float(answer)]}
     if task.OUTPUT_TYPE == "loglikelihood":
         return {"choice_loglikelihoods": [float(answer[0])], "prediction": str(bool(answer[1])), "target": "True"}
     return {"prediction": str(answer), "target": str(task.doc_to_target(doc)), "text": str(group[0].resps[0])}

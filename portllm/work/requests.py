@@ -123,7 +123,7 @@ def _write_requests(recipe: Requests, task: Any, encoder: Encoder, out: Path) ->
     per_document = lmeval.instances(task, recipe.limit)
     flat = [instance for instances in per_document for instance in instances]
     generates = task.OUTPUT_TYPE == "generate_until"
-    rows = [(i, len(i)) for i in encoder.contexts([r.args[0] for r in flat])] if generates else _pairs(flat, encoder)
+    rows = _rows(task.OUTPUT_TYPE, flat, encoder)
     tokens = _save_rows(rows, out)
     hashes = {lmeval.prompt_hash(prompt) for doc in documents for prompt in lmeval.prompts(task, doc)}
     _save(out, "documents", [n for n, instances in enumerate(per_document) for _ in instances], np.int64)
@@ -141,9 +141,12 @@ def _write_requests(recipe: Requests, task: Any, encoder: Encoder, out: Path) ->
     }
 
 
-def _pairs(flat: Sequence[Any], encoder: Encoder) -> list[tuple[list[int], int]]:
-    if any(len(instance.args) < 2 for instance in flat):
-        raise StageError(f"task `{flat[0].task_name}` measures rolling log-likelihood, which is not scored yet")
+def _rows(kind: str, flat: Sequence[Any], encoder: Encoder) -> list[tuple[list[int], int]]:
+    """(token ids, index of the first one scored) of each request."""
+    if kind == "generate_until":
+        return [(ids, len(ids)) for ids in encoder.contexts([instance.args[0] for instance in flat])]
+    if kind == "loglikelihood_rolling":
+        return encoder.texts([instance.args[0] for instance in flat])
     rows = encoder.pairs([instance.args[:2] for instance in flat])
     for instance, (ids, answer) in zip(flat, rows, strict=True):
         if not 0 < answer < len(ids):

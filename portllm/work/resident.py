@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 
 from portllm.errors import ResolveError, StageError
+from portllm.formats.adapter import ties_embeddings
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
 from portllm.work.changes import Applied, Patches, read_patches, touched
 from portllm.work.patches import DTYPES, add, read_tensor, require_same_copies
-from portllm.work.source import ties_embeddings
 
 _EVALUATION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

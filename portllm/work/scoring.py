@@ -1,15 +1,21 @@
 """How likely a model finds continuations: log p(continuation | context) as lm-eval's `HFLM` gives it, and faster.
 
-Head and log-sum-exp run only where a continuation is read; requests whose input is another's, or begins another's, are
-read from its forward pass (the one-token choices of a document share a row).
+Head and log-sum-exp run only where a continuation is read. Inputs that are another's, or begin another's, are read from
+its forward pass (the one-token choices of a document are one input). Inputs that only begin alike are a family: their
+stem is forwarded once, each branch goes on from its keys and values; a stem's own beginning that all families share
+(a fixed few-shot header) is forwarded once for all.
+
+    requests → spans (cut to the window) → rows (distinct inputs) → families → batches → stems, then branches
 
 Shape suffixes: B rows of a batch, S its longest input, D hidden size, P scored positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +24,14 @@ import torch
 from portllm.errors import StageError
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
+
+WORTH = 0.2
+"""Share of the tokens that a family must save: below it a second forward pass costs more than it saves."""
+HEADER = 32
+"""Tokens that all families must share for a pass of their own."""
+
+Read = tuple[int, int, np.ndarray]
+"""(request, first position, target tokens): the target after position p is read at p."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,8 @@ class Scores:
     """bool [R]: every token of the continuation is the most likely one."""
     truncated: int
     """Requests whose context was cut from the left to fit the model's window."""
+    halved: int = 0
+    """Batches that ran out of memory and were scored in halves."""
 
 
 @dataclass
@@ -37,27 +53,37 @@ class Row:
     """One input and what is read from its forward pass."""
 
     ids: np.ndarray
-    reads: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
-    """(request, first position, target tokens)."""
+    reads: list[Read] = field(default_factory=list)
+
+
+@dataclass
+class Family:
+    """Inputs that begin alike."""
+
+    stem: Row
+    branches: list[Row] = field(default_factory=list)
+    """What each goes on with; positions of its reads count from there."""
 
 
 def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
-    """Scores every request; a batch holds at most `budget` tokens, padding included.
+    """Scores every request; a forward pass has at most `budget` tokens, padding included.
 
     Raises StageError for an architecture whose logits are more than head(body(x)), and for scores that are not finite.
     """
-    head = Head(model)
     rows, truncated = plan_rows(requests, max_length(model, requests))
-    scores = np.zeros(len(requests))
-    greedy = np.ones(len(requests), dtype=bool)
+    families = plan_families(rows, requests)
+    scorer = _Scorer(model, len(requests))
     with torch.inference_mode():
-        for batch in batches(rows, budget):
-            _score(model, head, batch, scores, greedy)
-    if not np.isfinite(scores).all():
-        worst = int(np.argmin(np.isfinite(scores)))
-        raise StageError(f"the score of document {requests.doc_ids[requests.documents[worst]]} is {scores[worst]}: the "
-                         f"weights hold values that are not finite, or overflow in this dtype")  # fmt: skip
-    return Scores(scores, greedy, truncated)
+        header = shared_header(families, attention_window(model))
+        scorer.forward_header(header)
+        for batch in batches(families, len(header), budget):
+            scorer.score(batch, budget)
+    if not np.isfinite(scorer.scores).all():
+        worst = int(np.argmin(np.isfinite(scorer.scores)))
+        raise StageError(f"the score of document {requests.doc_ids[requests.documents[worst]]} is "
+                         f"{scorer.scores[worst]}: the weights hold values that are not finite, or overflow in this "
+                         f"dtype")  # fmt: skip
+    return Scores(scorer.scores, scorer.greedy, truncated, scorer.halved)
 
 
 def max_length(model: Any, requests: RequestSet) -> int:
@@ -67,19 +93,44 @@ def max_length(model: Any, requests: RequestSet) -> int:
     return int(resolve_max_length(model.config, None, default=requests.meta["model_max_length"]))
 
 
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def spans(requests: RequestSet, window: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(request, token ids, index of the first one scored), each no longer than window + 1 tokens.
+
+    A text of a rolling task is scored window by window, each after one token of context; any other request is cut from
+    the left.
+    """
+    rolling = requests.meta.get("output_type") == "loglikelihood_rolling"
+    for request in range(len(requests)):
+        ids, start = requests.ids(request), int(requests.answers[request])
+        if rolling:
+            yield from ((request, part, first) for part, first in _windows(ids, window))
+            continue
+        cut = max(0, len(ids) - (window + 1))
+        if start - cut < 1:
+            raise StageError(f"request {request}: its continuation exceeds the model's window of {window} tokens")
+        yield request, ids[cut:], start - cut
+
+
+def _windows(ids: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]]:
+    """lm-eval's own windows over a text; `ids` begins with the token that stands before it."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for pair in get_rolling_token_windows(ids[1:].tolist(), int(ids[0]), window, context_len=1):
+        context, predicted = make_disjoint_window(pair)
+        yield np.asarray([*context, *predicted]), len(context)
+
+
 def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
-    """The distinct inputs, longest first, none a beginning of another; and how many requests were cut."""
+    """The distinct inputs, none a beginning of another, and how many requests were cut."""
     keyed: list[tuple[bytes, int, np.ndarray, int]] = []
     truncated = 0
-    for request in range(len(requests)):
-        ids = requests.ids(request)
-        cut = max(0, len(ids) - (window + 1))
-        start = int(requests.answers[request]) - cut
-        if start < 1:
-            raise StageError(f"request {request}: its continuation exceeds the model's window of {window} tokens")
-        truncated += cut > 0
+    for request, ids, start in spans(requests, window):
+        truncated += start < requests.answers[request]
         # Big-endian bytes sort as the tokens do: an input comes right before those it begins.
-        keyed.append((ids[cut:-1].astype(">u4").tobytes(), request, ids[cut:], start))
+        keyed.append((ids[:-1].astype(">u4").tobytes(), request, ids, start))
     rows: list[Row] = []
     last = b""
     for key, request, ids, start in sorted(keyed, key=lambda k: k[:2], reverse=True):
@@ -87,35 +138,198 @@ def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
             rows.append(Row(ids[:-1]))
             last = key
         rows[-1].reads.append((request, start - 1, ids[start:]))
-    return sorted(rows, key=lambda row: -len(row.ids)), truncated
+    return rows, truncated
 
 
-def batches(rows: Sequence[Row], budget: int) -> Iterator[Sequence[Row]]:
-    """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one row."""
+def plan_families(rows: Sequence[Row], requests: RequestSet) -> list[Family]:
+    """The rows of each document as one family where that saves enough, else each by itself; longest stem first."""
+    document = {id(row): int(requests.documents[row.reads[0][0]]) for row in rows}
+    ordered = sorted(rows, key=lambda row: document[id(row)])
+    families: list[Family] = []
+    for _, members in groupby(ordered, key=lambda row: document[id(row)]):
+        families += _family(list(members))
+    return sorted(families, key=lambda family: -len(family.stem.ids))
+
+
+def _family(rows: Sequence[Row]) -> Iterator[Family]:
+    shared = common_length([row.ids for row in rows])
+    if (len(rows) - 1) * shared < WORTH * sum(len(row.ids) for row in rows):
+        yield from (Family(row) for row in rows)
+        return
+    family = Family(Row(rows[0].ids[:shared]))
+    for row in rows:
+        first, then = _split(row, shared)
+        family.stem.reads += first.reads
+        family.branches.append(then)
+    yield family
+
+
+def _split(row: Row, at: int) -> tuple[Row, Row]:
+    """A row as its first `at` tokens and the rest, every read where its position went."""
+    first, then = Row(row.ids[:at]), Row(row.ids[at:])
+    for request, position, targets in row.reads:
+        count = min(max(at - position, 0), len(targets))
+        if count:
+            first.reads.append((request, position, targets[:count]))
+        if count < len(targets):
+            then.reads.append((request, position + count - at, targets[count:]))
+    return first, then
+
+
+def common_length(inputs: Sequence[np.ndarray]) -> int:
+    """How many tokens all inputs begin with."""
+    length = min(len(ids) for ids in inputs)
+    stacked = np.stack([ids[:length] for ids in inputs])
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else length
+
+
+def attention_window(model: Any) -> int | None:
+    """Tokens that a layer with sliding attention sees; None where every layer sees all."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    sliding = kinds is None or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if sliding else None
+
+
+def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
+    """What all stems begin with, where it is worth a pass of its own: nothing is read from it.
+
+    The padding of shorter stems lies between the header and them: a sliding window that does not see all must not
+    count it.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    longest = max((len(f.stem.ids) + max((len(b.ids) for b in f.branches), default=0) for f in families), default=0)
+    if len(families) < 2 or (window is not None and window < longest):
+        return nothing
+    reads = min((read[1] for family in families for read in family.stem.reads), default=len(families[-1].stem.ids))
+    length = min(common_length([family.stem.ids for family in families]), reads, len(families[-1].stem.ids) - 1)
+    return families[0].stem.ids[:length] if length >= HEADER else nothing
+
+
+def batches(families: Sequence[Family], header: int, budget: int) -> Iterator[Sequence[Family]]:
+    """Families, longest stem first, in batches of at most `budget` tokens with their padding, and at least one."""
     start = 0
-    while start < len(rows):
-        count = max(1, budget // len(rows[start].ids))
-        yield rows[start : start + count]
+    while start < len(families):
+        count = max(1, budget // (len(families[start].stem.ids) - header))
+        yield families[start : start + count]
         start += count
 
 
-def _score(model: Any, head: Head, batch: Sequence[Row], scores: np.ndarray, greedy: np.ndarray) -> None:
-    reads = [(b, *read) for b, row in enumerate(batch) for read in row.reads]
-    owner_P = np.repeat([r[1] for r in reads], [len(r[3]) for r in reads])
-    row_P = np.repeat([r[0] for r in reads], [len(r[3]) for r in reads])
-    position_P = np.concatenate([np.arange(first, first + len(targets)) for _, _, first, targets in reads])
-    targets_P = torch.from_numpy(np.concatenate([r[3] for r in reads])).to(model.device)
-    hidden_BSD = body(model)(input_ids=_padded(batch).to(model.device), use_cache=False).last_hidden_state
-    hidden_PD = hidden_BSD[torch.from_numpy(row_P).to(model.device), torch.from_numpy(position_P).to(model.device)]
-    logs_P, best_P = head.score(hidden_PD, targets_P)
-    np.add.at(scores, owner_P, logs_P.double().cpu().numpy())
-    np.logical_and.at(greedy, owner_P, best_P.cpu().numpy())
+# ------------------------------------------------------------------------------------------------------ forward passes
 
 
-def _padded(batch: Sequence[Row]) -> torch.Tensor:
-    """Padded on the right. No mask is needed: nothing that is read attends to what comes after it, and without a mask
-    the attention kernels take their faster causal path (`HFLM` passes none either)."""
-    ids_BS = np.zeros((len(batch), len(batch[0].ids)), dtype=np.int64)
-    for b, row in enumerate(batch):
-        ids_BS[b, : len(row.ids)] = row.ids
+class _Scorer:
+    """Forward passes, and the scores they add up to."""
+
+    def __init__(self, model: Any, requests: int) -> None:
+        self.model, self.head = model, Head(model)
+        self.scores = np.zeros(requests)
+        self.greedy = np.ones(requests, dtype=bool)
+        self.halved = 0
+        self._header = 0
+        self._cache: Any = None
+        """Keys and values of the header, one row."""
+
+    def forward_header(self, ids: np.ndarray) -> None:
+        """Keeps the header's keys and values for all that follows."""
+        self._header = len(ids)
+        if len(ids):
+            self._cache = self._new_cache()
+            ids_BS = torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)
+            body(self.model)(input_ids=ids_BS, past_key_values=self._cache, use_cache=True)
+
+    def score(self, batch: Sequence[Family], budget: int) -> None:
+        """Scores a batch; where it does not fit into memory, its halves."""
+        before = self.scores.copy(), self.greedy.copy()
+        try:
+            self._score(batch, budget)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            self.scores, self.greedy = before
+            self.halved += 1
+        else:
+            return
+        torch.cuda.empty_cache()
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            self.score(half, budget)
+
+    def _score(self, batch: Sequence[Family], budget: int) -> None:
+        stems = [family.stem for family in batch]
+        if self._cache is None and not any(family.branches for family in batch):
+            ids_BS = _padded([stem.ids for stem in stems])
+            # No mask is needed: nothing that is read attends to the padding after it, and without a mask the attention
+            # kernels take their faster causal path (`HFLM` passes none either).
+            hidden_BSD = body(self.model)(input_ids=ids_BS.to(self.model.device), use_cache=False).last_hidden_state
+            self._read(hidden_BSD, stems, [0] * len(stems))
+            return
+        cache = self._new_cache() if self._cache is None else _rows_of(self._cache, [0] * len(stems))
+        rests = [_split(stem, self._header)[1] for stem in stems]
+        # Padded on the left: what goes on from a stem follows it without a gap, as a sliding window needs it.
+        shifts = [max(len(rest.ids) for rest in rests) - len(rest.ids) for rest in rests]
+        mask_BS = np.ones((len(rests), self._header + shifts[0] + len(rests[0].ids)), dtype=np.int64)
+        for b, shift in enumerate(shifts):
+            mask_BS[b, self._header : self._header + shift] = 0
+        hidden_BSD = self._forward(_padded([rest.ids for rest in rests], left=True), mask_BS, cache)
+        self._read(hidden_BSD, rests, shifts)
+        self._branches(batch, mask_BS, cache, budget)
+
+    def _branches(self, batch: Sequence[Family], mask_BS: np.ndarray, cache: Any, budget: int) -> None:
+        pairs = [(b, row) for b, family in enumerate(batch) for row in family.branches if len(row.ids)]
+        pairs.sort(key=lambda pair: -len(pair[1].ids))
+        start = 0
+        while start < len(pairs):
+            part = pairs[start : start + max(1, budget // len(pairs[start][1].ids))]
+            owners, rows = [b for b, _ in part], [row for _, row in part]
+            ids_BS = _padded([row.ids for row in rows])
+            mask = np.concatenate([mask_BS[owners], np.ones(ids_BS.shape, dtype=np.int64)], axis=1)
+            self._read(self._forward(ids_BS, mask, _rows_of(cache, owners)), rows, [0] * len(rows))
+            start += len(part)
+
+    def _forward(self, ids_BS: torch.Tensor, mask_BS: np.ndarray, cache: Any) -> torch.Tensor:
+        """Hidden states of tokens that go on from a cache."""
+        mask = torch.from_numpy(mask_BS).to(self.model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+        hidden_BSD: torch.Tensor = body(self.model)(
+            input_ids=ids_BS.to(self.model.device), attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # fmt: skip
+        return hidden_BSD
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _read(self, hidden_BSD: torch.Tensor, rows: Sequence[Row], shifts: Sequence[int]) -> None:
+        reads = [(b, request, shifts[b] + first, targets) for b, row in enumerate(rows)
+                 for request, first, targets in row.reads]  # fmt: skip
+        if not reads:
+            return
+        counts = [len(targets) for *_, targets in reads]
+        row_P, owner_P = np.repeat([r[0] for r in reads], counts), np.repeat([r[1] for r in reads], counts)
+        position_P = np.concatenate([np.arange(first, first + len(targets)) for _, _, first, targets in reads])
+        device = self.model.device
+        targets_P = torch.from_numpy(np.concatenate([r[3] for r in reads]).astype(np.int64)).to(device)
+        hidden_PD = hidden_BSD[torch.from_numpy(row_P).to(device), torch.from_numpy(position_P).to(device)]
+        logs_P, best_P = self.head.score(hidden_PD, targets_P)
+        np.add.at(self.scores, owner_P, logs_P.double().cpu().numpy())
+        np.logical_and.at(self.greedy, owner_P, best_P.cpu().numpy())
+
+
+def _rows_of(cache: Any, rows: Iterable[int]) -> Any:
+    """A copy of a cache that holds these rows of it: a forward pass writes to the cache it is given."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.reorder_cache(torch.tensor(list(rows)))
+    return chosen
+
+
+def _padded(inputs: Sequence[np.ndarray], left: bool = False) -> torch.Tensor:
+    """int64 [B, S], zeros after the inputs, or before them."""
+    longest = max(len(ids) for ids in inputs)
+    ids_BS = np.zeros((len(inputs), longest), dtype=np.int64)
+    for b, ids in enumerate(inputs):
+        ids_BS[b, longest - len(ids) if left else 0 :][: len(ids)] = ids
     return torch.from_numpy(ids_BS)

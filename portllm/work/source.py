@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import EMBEDDINGS, HEADS, Adapter
+from portllm.formats.adapter import EMBEDDINGS, Adapter, last_part, ties_embeddings
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json
 from portllm.work.changes import Applied, Blend, Change, Patches, Rounding, read_patches, touched
 
@@ -75,20 +75,10 @@ class Source:
         return add(read_tensor(entry), self.changes.get(name, ()), DTYPES[entry.dtype])
 
 
-def ties_embeddings(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
-    """Whether the head is the embedding: the config says so, or the files hold no head."""
-    return config.get("tie_word_embeddings") is True or not any(_module(name) in HEADS for name in tensors)
-
-
-def _module(name: str) -> str:
-    """Last part of the module a tensor belongs to."""
-    return name.rpartition(".")[0].rpartition(".")[2]
-
-
 def _untied(
     directory: Path, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
 ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
-    embedding = next((name for name in tensors if _module(name) in EMBEDDINGS), None)
+    embedding = next((name for name in tensors if last_part(name) in EMBEDDINGS), None)
     if not ties_embeddings(config, tensors) or embedding is None:
         raise ResolveError(f"{directory}: its head is not tied to its embedding: there is nothing to untie")
     return {**tensors, HEAD: tensors[embedding]}, {**config, "tie_word_embeddings": False}

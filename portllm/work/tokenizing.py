@@ -77,6 +77,12 @@ class Encoder:
             for (c, k), pair in zip(moved, pairs, strict=True)
         ]
 
+    def texts(self, texts: Sequence[str]) -> list[tuple[list[int], int]]:
+        """Per text: its ids after the token that stands before it, and 1 (`HFLM.loglikelihood_rolling`)."""
+        bos = None if self.prefix is None else self.tokenizer.decode(self.prefix)
+        ids = self.encode(texts, bos)
+        return [([self.prefix, *ids[text]], 1) for text in texts]
+
     @staticmethod
     def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
         bare = context.rstrip()

@@ -136,6 +136,21 @@ def test_log_likelihood_tasks_score_as_lm_eval_scores_them(world, run, tmp_path)
     np.testing.assert_allclose(scores, [s["resps"][0][0][0] for s in samples], atol=1e-4)
 
 
+def test_perplexities_are_those_of_lm_eval(world, run, tmp_path):
+    (tmp_path / "rolls.yaml").write_text(
+        "task: rolls\ndataset_path: parquet\noutput_type: loglikelihood_rolling\nvalidation_split: validation\n"
+        "doc_to_text: ''\ndoc_to_target: sentence\n"
+        "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    given = toy(world) | {"definition": tmp_path}
+    summary = cell(run, tmp_path, world / "model", "rolls", given, limit=8)
+    results, samples = lm_evals_own(world / "model", lmeval.TaskSource("rolls", tmp_path, given["data"]), 8)
+    for metric in summary["metrics"]:
+        assert metric["value"] == pytest.approx(results[f"{metric['metric']},none"], rel=1e-5)
+    scores = [item["choice_loglikelihoods"][0] for item in items(tmp_path)]
+    np.testing.assert_allclose(scores, [s["resps"][0][0] for s in samples], atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- results
 
 

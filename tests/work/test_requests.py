@@ -94,9 +94,15 @@ def test_the_same_recipe_makes_the_same_bytes(world, run, tmp_path):
         assert file.read_bytes() == (paths[1] / file.name).read_bytes()
 
 
-def test_rolling_log_likelihood_says_that_it_is_not_scored(world, run, tmp_path):
-    with pytest.raises(StageError, match="`rolls` measures rolling log-likelihood, which is not scored yet"):
-        made(run, tmp_path / "r", inputs(world, "rolls", world / "data" / "mood"), "rolls")
+def test_a_text_that_is_scored_whole_follows_the_token_before_it(world, run, tmp_path):
+    path, _ = made(run, tmp_path / "r", inputs(world, "rolls", world / "data" / "mood"), "rolls")
+    found = open_requests(path)
+    tokenizer = load_tokenizer(world / "model")
+    assert set(found.answers) == {1}
+    assert {int(found.ids(request)[0]) for request in range(len(found))} == {tokenizer.bos_token_id}
+    task = lmeval.build(lmeval.TaskSource("rolls", world / "tasks", world / "data" / "mood"))
+    text = lmeval.documents(task)[0]["sentence"]
+    assert found.ids(0)[1:].tolist() == tokenizer(text)["input_ids"]
 
 
 PAIRS = [("it was", " good"), ("it was ", "good"), ("it was  \n", " a film"), ("", "good film"), ("", "<s> good"),

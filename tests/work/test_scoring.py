@@ -1,6 +1,7 @@
 """Scores are lm-eval's, whatever shares a forward pass, and however it is batched."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import transformers
 from portllm.errors import StageError
 from portllm.work import head
 from portllm.work.generating import generate
-from portllm.work.head import Head
+from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import batches, loglikelihoods, plan_rows
+from portllm.work.scoring import batches, loglikelihoods, plan_families, plan_rows
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -121,16 +122,74 @@ def test_inputs_that_begin_another_share_its_forward_pass():
     shared = [([3, 4, 5], [6]), ([3, 4, 5], [7]), ([3, 4, 5], [8, 9]), ([3, 4, 5, 8], [10]), ([3, 4], [9])]
     pairs = [*shared, ([4, 5], [6])]
     rows, _ = plan_rows(request_set(pairs), window=64)
-    assert [row.ids.tolist() for row in rows] == [[3, 4, 5, 8], [4, 5]]
-    assert [sorted(r[0] for r in row.reads) for row in rows] == [[0, 1, 2, 3, 4], [5]]
+    assert [row.ids.tolist() for row in rows] == [[4, 5], [3, 4, 5, 8]]
+    assert [sorted(r[0] for r in row.reads) for row in rows] == [[5], [0, 1, 2, 3, 4]]
 
 
 def test_a_batch_stays_within_the_budget_and_never_is_empty():
-    rows, _ = plan_rows(request_set(drawn()), window=64)
-    found = list(batches(rows, budget=100))
-    assert [row for batch in found for row in batch] == rows
-    assert all(len(batch) * len(batch[0].ids) <= 100 or len(batch) == 1 for batch in found)
-    assert all(len(batch) == 1 for batch in batches(rows, budget=1))
+    found = request_set(drawn())
+    families = plan_families(plan_rows(found, window=64)[0], found)
+    made = list(batches(families, 0, budget=100))
+    assert [family for batch in made for family in batch] == families
+    assert all(len(batch) * len(batch[0].stem.ids) <= 100 or len(batch) == 1 for batch in made)
+    assert all(len(batch) == 1 for batch in batches(families, 0, budget=1))
+
+
+def choices(count: int = 8, header: int = 0) -> tuple[RequestSet, list[tuple[list[int], list[int]]]]:
+    """Documents of four requests that begin alike, as the choices of a task do; `header` tokens begin them all."""
+    shots = np.random.default_rng(9).integers(3, VOCABULARY, header).tolist()
+    pairs = [([*shots, *context], continuation) for context, continuation in drawn(count, 64 - header - 8)]
+    return replace(request_set(pairs), documents=np.arange(len(pairs)) // 4, doc_ids=np.arange(count)), pairs
+
+
+@pytest.mark.parametrize("header", [0, 40])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
+def test_what_choices_and_documents_share_is_forwarded_once_and_changes_no_score(kind, header, monkeypatch):
+    model, (found, pairs) = tiny(kind), choices(header=header)
+    seen, forward = [], body(model).forward
+
+    def counted(*arguments, **named):
+        seen.append((named["input_ids"] if "input_ids" in named else arguments[0]).numel())
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(body(model), "forward", counted)
+    scores = loglikelihoods(model, found, budget=200)
+    forwarded = sum(seen)
+    expected, greedy = plain(model, pairs)
+    np.testing.assert_allclose(scores.loglikelihoods, expected, atol=1e-4, rtol=0)
+    assert scores.greedy.tolist() == greedy
+    tokens = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
+    kept = header and kind in ("llama", "gpt2")  # the others' windows of 8 tokens do not see a header whole
+    assert forwarded < tokens / (3 if kept else 1.3)
+
+
+def test_inputs_that_share_little_are_not_forwarded_in_two_parts():
+    pairs = [([3, 4, *range(20, 40)], [5]), ([3, 6, *range(50, 70)], [5])]
+    found = replace(request_set(pairs), documents=np.zeros(2, dtype=int))
+    assert [len(family.branches) for family in plan_families(plan_rows(found, 64)[0], found)] == [0, 0]
+
+
+def test_a_text_is_scored_window_by_window_after_one_token():
+    model, text = tiny("llama"), np.random.default_rng(3).integers(3, VOCABULARY, 150).tolist()
+    found = loglikelihoods(model, request_set([([1], text)], output_type="loglikelihood_rolling"), 256)
+    windows = [([1], text[:64]), ([text[63]], text[64:128]), (text[85:128], text[128:])]
+    assert found.loglikelihoods[0] == pytest.approx(sum(plain(model, windows)[0]), abs=1e-3)
+    assert loglikelihoods(model, request_set([([1], [])], output_type="loglikelihood_rolling"), 9).loglikelihoods == [0]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_counted(monkeypatch):
+    model, (found, _) = tiny("llama"), choices()
+    whole, forward = loglikelihoods(model, found, 10_000), body(model).forward
+
+    def small(*arguments, **named):
+        if len(named["input_ids"]) > 6:
+            raise torch.OutOfMemoryError("too many rows")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(body(model), "forward", small)
+    halves = loglikelihoods(model, found, 10_000)
+    assert (whole.halved, halves.halved > 0) == (0, True)
+    np.testing.assert_allclose(halves.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
 
 
 def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):

@@ -1,0 +1,74 @@
+"""Scores of patches without a study: rows with the columns of `portllm results`, and as text. Plain values in."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from portllm.report import text
+from portllm.store.results import COLUMNS
+
+
+class Scored(Protocol):
+    """One patch (or none) on one task, as `work.cells` yields it."""
+
+    @property
+    def patch(self) -> Path | None: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def summary(self) -> dict[str, Any]: ...
+    @property
+    def items(self) -> Any: ...
+
+
+def score_rows(model: str, apply: str, dtype: str, found: Iterable[Scored]) -> list[dict[str, Any]]:
+    """One row per cell and metric; a metric bears its filter's name where the task has several filters."""
+    return [row for scored in found for row in _rows(model, apply, dtype, scored)]
+
+
+def _rows(model: str, apply: str, dtype: str, scored: Scored) -> Iterable[dict[str, Any]]:
+    several = len({metric["filter"] for metric in scored.summary["metrics"]}) > 1
+    for metric in scored.summary["metrics"]:
+        known = {
+            "model": model,
+            "task": scored.task,
+            "num_fewshot": scored.summary["num_fewshot"],
+            "arm": "port" if scored.patch else "none",
+            "rank": scored.rank,
+            "patches": [str(scored.patch)] if scored.patch else [],
+            "apply": apply if scored.patch else "merged",
+            "dtype": dtype,
+            **metric,
+            "metric": f"{metric['metric']},{metric['filter']}" if several else metric["metric"],
+            "n": scored.summary["n"],
+            "wall_s": scored.summary["score_s"],
+        }
+        yield {name: known.get(name) for name in COLUMNS}
+
+
+def item_table(found: Iterable[Scored], file: Path) -> None:
+    """Every document's scores, with its task and patch."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    tables = []
+    for scored in found:
+        patch = str(scored.patch) if scored.patch else None
+        about = {"task": scored.task, "patch": patch}
+        table = scored.items
+        for number, (name, value) in enumerate(about.items()):
+            table = table.add_column(number, name, pa.array([value] * len(table), pa.string()))
+        tables.append(table)
+    pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
+
+
+def score_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per cell and metric."""
+    lines = [f"{'task':<20}{'patch':<24}{'metric':<28}{'value':>9}{'stderr':>9}{'n':>7}"]
+    for row in rows:
+        patch = Path(row["patches"][0]).name if row["patches"] else text.NOTHING
+        value, stderr = (text.NOTHING if row[name] is None else f"{row[name]:.4f}" for name in ("value", "stderr"))
+        lines.append(f"{row['task']:<20}{patch:<24}{row['metric']:<28}{value:>9}{stderr:>9}{row['n']:>7}")
+    return "\n".join(lines)

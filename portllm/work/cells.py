@@ -1,0 +1,105 @@
+"""Cells without a study: patches of one model scored on tasks, the model loaded once; nothing is kept."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from portllm.errors import ResolveError
+from portllm.formats import lmeval
+from portllm.formats.adapter import read_adapter
+from portllm.study.recipes import Dtype, Evaluate, Requests
+from portllm.work.context import RunContext
+from portllm.work.evaluate import evaluate
+from portllm.work.requests import requests
+from portllm.work.source import Source
+from portllm.work.versions import Versions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which tasks, and how they are scored."""
+
+    tasks: Sequence[str]
+    """Tasks, groups or tags of lm-eval, or of `include`."""
+    data_root: Path | None = None
+    """DIR/<task>/{train,validation}.parquet replaces the hub's data."""
+    include: Path | None = None
+    """Directory with task YAMLs of the user's own."""
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply: Literal["merged", "adapter"] = "merged"
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One patch (or none) on one task."""
+
+    patch: Path | None
+    rank: int | None
+    task: str
+    summary: dict[str, Any]
+    """As the stage `evaluate` returns it."""
+    items: pa.Table
+
+
+def score(
+    model: Path, patches: Sequence[Path], asked: Asked, told: Callable[[str], None] = lambda what: None
+) -> Iterator[Scored]:
+    """Every patch on every task, or the model itself where there is no patch. `told` hears of each cell that begins.
+
+    Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded.
+    """
+    checked = _checked(model, patches, asked)
+    ranks = {patch: max((t.rank for t in read_adapter(patch).targets.values()), default=None) for patch in patches}
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portllm-")))
+        run = RunContext(root, Versions(), device=asked.device, log=lambda line: None)
+        stack.callback(run.versions.close)
+        made = {task: _requests(model, task, given, asked, root, run) for task, given in checked.items()}
+        for number, patch in enumerate(patches or [None]):
+            for task, inputs in made.items():
+                told(f"{task}{f', {patch.name}' if patch else ''}")
+                applied = {"patch1": patch} if patch else {}
+                out = root / "cells" / f"{number}-{task}"
+                scales = (1.0,) * len(applied)
+                recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
+                summary = evaluate(recipe, {"root": model, **inputs, **applied}, out, run)
+                yield Scored(
+                    patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet")
+                )
+
+
+def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, dict[str, Path]]:
+    """Definition and data of every task, all of it looked at."""
+    Source.read(model, [])
+    for patch in patches:
+        Source.read(model, [(patch, 1.0)])
+    found: dict[str, dict[str, Path]] = {}
+    for name in asked.tasks:
+        for task in lmeval.expand(name, asked.include):
+            given = {"definition": asked.include} if asked.include else {}
+            if asked.data_root is not None:
+                if not (asked.data_root / task).is_dir():
+                    raise ResolveError(f"{asked.data_root}: no directory `{task}` with validation.parquet")
+                given["data"] = asked.data_root / task
+            lmeval.check(lmeval.TaskSource(task, asked.include, given.get("data"), num_fewshot=asked.num_fewshot))
+            found[task] = given
+    return found
+
+
+def _requests(
+    model: Path, task: str, given: dict[str, Path], asked: Asked, root: Path, run: RunContext
+) -> dict[str, Path]:
+    out = root / "requests" / task
+    recipe = Requests(task, "evaluate", version("lm_eval"), num_fewshot=asked.num_fewshot, limit=asked.limit)
+    requests(recipe, {"tokenizer": model, **given}, out, run)
+    return {"requests": out, **given}

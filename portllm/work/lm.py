@@ -1,0 +1,101 @@
+"""This scorer as one of lm-eval's models: `lm_eval.simple_evaluate(model=ScorerLM(model, tokenizer), tasks=[…])`.
+
+Prompts, targets, filters and metrics are lm-eval's; how the requests are scored is `work/scoring.py` and
+`work/generating.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from portllm.work.generating import generate
+from portllm.work.requests import RequestSet
+from portllm.work.scoring import Scores, loglikelihoods
+from portllm.work.tokenizing import Encoder, window
+
+Rows = Sequence[tuple[Sequence[int], int]]
+"""(token ids, index of the first one scored)."""
+
+
+class ScorerLM(LM):
+    """A loaded causal model and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, score_tokens: int = 2048, add_bos: bool | None = None) -> None:
+        """`score_tokens`: token budget of a forward pass. `add_bos`: None leaves it to the tokenizer, as HFLM does."""
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.score_tokens = score_tokens
+        self.encoder = Encoder(tokenizer, add_bos)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
+        scores = self._score(self.encoder.pairs([request.args[:2] for request in requests]), "loglikelihood")
+        return list(zip(scores.loglikelihoods.tolist(), scores.greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each text, window by window."""
+        rows = self.encoder.texts([request.args[0] for request in requests])
+        found: list[float] = self._score(rows, "loglikelihood_rolling").loglikelihoods.tolist()
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The greedy continuation of each prompt, cut before its first stop sequence."""
+        alike: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            alike[json.dumps(request.args[1], sort_keys=True, default=str)].append(number)
+        texts = [""] * len(requests)
+        for numbers in alike.values():
+            ids = self.encoder.contexts([requests[number].args[0] for number in numbers])
+            asked = self._requests([(row, len(row)) for row in ids], "generate_until", requests[numbers[0]].args[1])
+            found, _ = generate(self.model, self.tokenizer, asked, self.score_tokens)
+            for number, text in zip(numbers, found, strict=True):
+                texts[number] = text
+        return texts
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The tokenizer's own template: part of lm-eval's cache keys."""
+        return str(self.tokenizer.chat_template or "") if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def _score(self, rows: Rows, kind: str) -> Scores:
+        return loglikelihoods(self.model, self._requests(rows, kind), self.score_tokens)
+
+    def _requests(self, rows: Rows, kind: str, generation: dict[str, Any] | None = None) -> RequestSet:
+        """Every request a document of its own; those that begin alike find each other by their tokens."""
+        count = np.arange(len(rows))
+        return RequestSet(
+            tokens=np.asarray([token for ids, _ in rows for token in ids], dtype=np.uint32),
+            offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]),
+            answers=np.asarray([first for _, first in rows], dtype=np.int64),
+            documents=count,
+            choices=np.zeros_like(count),
+            doc_ids=count,
+            doc_hashes=np.full(len(rows), b""),
+            meta={
+                "output_type": kind,
+                "task": kind,
+                "generation": generation,
+                "model_max_length": window(None, self.tokenizer),
+            },
+        )

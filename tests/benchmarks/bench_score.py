@@ -1,0 +1,192 @@
+"""`make bench-score`: requests scored by this tool and by lm-eval's HFLM, one process, same threads, side by side.
+
+HFLM runs at each of several batch sizes and counts at its best. The bound is the time of the bare forward pass (no
+head) over the distinct tokens, without padding. `grid` compares one version × five patches × three tasks with fifteen
+`lm_eval run` processes.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from portllm.formats import lmeval
+from portllm.work.head import body
+from portllm.work.lm import ScorerLM
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+BATCHES = (1, 8, 16, 32, 64)
+SHAPES = {
+    "15M, 32k vocabulary": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab_size": 32_000},
+    "60M, 128k vocabulary": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6, "vocab_size": 128_000},
+}  # fmt: skip
+"""Random weights do for speed."""
+
+
+def random_model(shape: dict[str, int]) -> Any:
+    config = transformers.LlamaConfig(
+        **shape, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def models(gemma: Path | None, dtype: str) -> dict[str, tuple[Callable[[], Any], Path]]:
+    """Name → (how to make it, where its tokenizer lies)."""
+    home = DATA / "models" / "home-12M"
+    found: dict[str, tuple[Callable[[], Any], Path]] = {
+        "home-12M, 8k vocabulary": (lambda: AutoModelForCausalLM.from_pretrained(home, dtype=dtype), home)
+    }
+    for name, shape in SHAPES.items():
+        found[name] = (lambda shape=shape: random_model(shape).to(getattr(torch, dtype)), home)
+    if gemma is not None:
+        found["Gemma 3 270M, 262k"] = (lambda: AutoModelForCausalLM.from_pretrained(gemma, dtype=dtype), gemma)
+    return found
+
+
+def requests(task: str, limit: int) -> tuple[list[Any], int, str]:
+    """(instances, documents, output type)."""
+    built = lmeval.build(lmeval.TaskSource(task, data=DATA / "tasks" / task, num_fewshot=0))
+    flat = [instance for group in lmeval.instances(built, limit) for instance in group]
+    return flat, min(limit, len(lmeval.documents(built))), built.OUTPUT_TYPE
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any, float]:
+    """(seconds, result, peak resident GB during it)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    begun = time.perf_counter()
+    found = work()
+    seconds = time.perf_counter() - begun
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return seconds, found, int(peak.split()[1]) / 1e6
+
+
+def bare(model: Any, tokens: int, longest: int) -> float:
+    """Seconds of the body alone over so many tokens, in rows of the requests' usual length, none of it padding."""
+    length = max(8, min(longest, 256))
+    ids_BS = torch.randint(5, 1000, (max(1, 2048 // length), length))
+    with torch.inference_mode():
+        runs = [timed(lambda: body(model)(input_ids=ids_BS, use_cache=False))[0] for _ in range(4)]
+    return statistics.median(runs[1:]) * tokens / ids_BS.numel()
+
+
+def compare(name: str, make: Callable[[], Any], where: Path, task: str, limit: int) -> dict[str, Any]:
+    model, tokenizer = make(), AutoTokenizer.from_pretrained(where)
+    flat, documents, kind = requests(task, limit)
+    call = "generate_until" if kind == "generate_until" else "loglikelihood"
+    ours = ScorerLM(model, tokenizer)
+    getattr(ours, call)(flat[:8])
+    seconds, answers, peak = timed(lambda: getattr(ours, call)(flat))
+    best: tuple[float, int, float, Any] | None = None
+    for size in BATCHES:
+        theirs = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=model.config.max_position_embeddings
+        )
+        found = timed(lambda theirs=theirs: getattr(theirs, call)(flat, disable_tqdm=True))
+        if best is None or found[0] < best[0]:
+            best = found[0], size, found[2], found[1]
+    assert best is not None
+    rows = [ids for ids, _ in (ours.encoder.pairs([r.args[:2] for r in flat]) if call == "loglikelihood" else [])]
+    distinct = {tuple(ids[:-1]) for ids in rows}
+    tokens = sum(map(len, distinct))
+    bound = bare(model, tokens, int(np.mean([len(ids) for ids in distinct]))) if distinct else float("nan")
+    if call == "loglikelihood":
+        worst = max(abs(a[0] - b[0]) for a, b in zip(answers, best[3], strict=True))
+    else:
+        worst = float(sum(a != b for a, b in zip(answers, best[3], strict=True)))
+    return {
+        "model": name, "task": task, "documents": documents, "ours": documents / seconds, "hflm": documents / best[0],
+        "batch": best[1], "ratio": best[0] / seconds, "bound": documents / bound if distinct else float("nan"),
+        "peak": peak, "hflm_peak": best[2], "difference": worst,
+    }  # fmt: skip
+
+
+def line(found: dict[str, Any]) -> str:
+    return (
+        f"| {found['model']} | {found['task']} ({found['documents']}) | {found['hflm']:.1f} (batch {found['batch']}) | "
+        f"{found['ours']:.1f} | {found['ratio']:.1f} | {found['bound']:.1f} | {found['peak']:.2f}, "
+        f"{found['hflm_peak']:.2f} | {found['difference']:.0e} |"
+    )
+
+
+def grid(model: Path, limit: int) -> str:
+    """One version × five patches × three tasks, by `portllm evaluate` and by fifteen processes of lm-eval."""
+    from tests.benchmarks.bench_apply import ALL, apart, make_patch
+
+    tasks = ("sst2", "rte", "mrpc")
+    with tempfile.TemporaryDirectory() as folder:
+        patches = [Path(folder) / f"patch{number}" for number in range(5)]
+        for patch in patches:
+            apart(make_patch, patch, model, ALL)
+        named = [word for patch in patches for word in ("--patch", str(patch))]
+        command = [sys.executable, "-m", "portllm", "evaluate", "--model", str(model), "--tasks", ",".join(tasks)]
+        ours, _, _ = timed(
+            lambda: subprocess.run(
+                [*command, *named, "--data-root", str(DATA / "tasks"), "--limit", str(limit), "--json"],
+                check=True, stdout=subprocess.DEVNULL,
+            )
+        )  # fmt: skip
+        theirs = sum(
+            timed(lambda patch=patch, task=task: _naive(Path(folder), model, patch, task, limit))[0]
+            for patch in patches
+            for task in tasks
+        )
+    return f"| {limit} documents a task | {theirs:.0f} s | {ours:.0f} s | {theirs / ours:.1f} |"
+
+
+def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> None:
+    """`lm_eval run` over the same local data, through a task YAML that names them."""
+    root = folder / "tasks"
+    root.mkdir(exist_ok=True)
+    data = DATA / "tasks" / task
+    where = lmeval.locate(task)
+    files = {"train": str(data / "train.parquet"), "validation": str(data / "validation.parquet")}
+    text = {"include": str(where), "task": f"local_{task}", "dataset_path": "parquet", "dataset_name": None,
+            "dataset_kwargs": {"data_files": files}}  # fmt: skip
+    (root / f"{task}.yaml").write_text(json.dumps(text))
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},peft={patch},dtype=float32",
+         "--tasks", f"local_{task}", "--include_path", str(root), "--limit", str(limit), "--device", "cpu", "--batch_size", "16"],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")},
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--tasks", default="sst2,boolq,winogrande,gsm8k")
+    parser.add_argument("--models", default="", help="substring of the models' names")
+    parser.add_argument("--grid", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if arguments.grid:
+        print("| 1 version × 5 patches × 3 tasks | 15 × lm_eval run | portllm evaluate | ratio |\n|---|---|---|---|")
+        print(grid(arguments.gemma or DATA / "models" / "home-12M", arguments.limit))
+        return
+    print("| model | task (documents) | HFLM, items/s | ours | ratio | bound | peak GB, HFLM's | largest difference |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name, (make, where) in models(arguments.gemma, arguments.dtype).items():
+        for task in arguments.tasks.split(","):
+            if arguments.models in name:
+                print(line(compare(name, make, where, task, arguments.limit)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`portllm evaluate`: several patches in one load of the model, lm-eval's numbers, no study and no store."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from portllm.cli import main
+from portllm.store.results import COLUMNS
+from portllm.work.cells import Asked, score
+from tests.toys import write_model, write_patch, write_tasks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = write_tasks(tmp_path_factory.mktemp("world"))
+    write_model(root / "model")
+    for seed in range(2):
+        write_patch(root / f"patch{seed}", root / "model", seed)
+    return root
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], world: Path, *arguments: object, code: int = 0) -> str:
+    places = {"--model": world / "model", "--data-root": world / "data", "--include-path": world / "tasks"}
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *(str(word) for pair in places.items() for word in pair), *map(str, arguments)])
+    assert ended.value.code == code
+    out, error = capsys.readouterr()
+    return error if code else out
+
+
+def test_every_patch_is_scored_on_every_task(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patches = [word for seed in range(2) for word in ("--patch", world / f"patch{seed}")]
+    items = tmp_path / "items.parquet"
+    rows = json.loads(evaluate(capsys, world, "--tasks", "mood,tone", *patches, "--items", items, "--json"))
+    at = [(row["task"], Path(row["patches"][0]).name, row["arm"], row["rank"], row["n"]) for row in rows]
+    assert at == [(task, f"patch{seed}", "port", 2, 20) for seed in range(2) for task in ("mood", "tone")]
+    assert all(tuple(row) == COLUMNS and row["metric"] == "acc" and 0 <= row["value"] <= 1 for row in rows)
+    kept = pq.read_table(items)
+    assert len(kept) == 80 and kept.column_names[:2] == ["task", "patch"]
+    first = [item for item in kept.to_pylist() if item["task"] == "mood" and item["patch"].endswith("patch0")]
+    assert sum(item["correct"] for item in first) / len(first) == pytest.approx(rows[0]["value"])
+
+
+def test_the_model_is_loaded_once_and_scored_alone_without_a_patch(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from portllm.work import resident
+
+    loads, load = [], resident._load
+    monkeypatch.setattr(resident, "_load", lambda *a: (loads.append(a), load(*a))[1])
+    asked = Asked(["mood", "tone"], world / "data", world / "tasks", limit=8)
+    ported = list(score(world / "model", [world / "patch0", world / "patch1"], asked))
+    assert len(ported) == 4 and len(loads) == 1
+    alone = list(score(world / "model", [], asked))
+    assert [(one.patch, one.rank, one.summary["n"]) for one in alone] == [(None, None, 8)] * 2
+    adapter = Asked(["mood"], world / "data", world / "tasks", limit=8, apply="adapter")
+    kept_apart = list(score(world / "model", [world / "patch0"], adapter))
+    both = ([item["choice_loglikelihoods"] for item in one.items.to_pylist()] for one in (kept_apart[0], ported[0]))
+    for apart, merged in zip(*both, strict=True):
+        assert apart == pytest.approx(merged, abs=1e-4)
+
+
+def test_words_for_a_reader(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = evaluate(capsys, world, "--tasks", "mood", "--limit", 5, "--num-fewshot", 2)
+    assert "mood" in shown and "acc" in shown and len(shown.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "moood"], "moood"),
+        (["--tasks", ","], "--tasks"),
+        (["--tasks", "mood", "--patch", "nowhere"], "no such patch directory"),
+        (["--tasks", "sst2"], "no directory `sst2`"),
+    ],
+)
+def test_bad_input_is_one_error(
+    world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    error = evaluate(capsys, world, *arguments, code=2)
+    assert message in error and error.startswith("error: ") and "Traceback" not in error

@@ -1,0 +1,68 @@
+"""The scorer as one of lm-eval's models: `simple_evaluate` takes it as it is, and gets HFLM's numbers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from portllm.work.lm import ScorerLM
+from tests.toys import WORDS, write_model, write_tasks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = write_tasks(tmp_path_factory.mktemp("world"), ("mood",))
+    write_model(root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def both(world: Path) -> tuple[ScorerLM, HFLM]:
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    ours = ScorerLM(model, AutoTokenizer.from_pretrained(world / "model"), score_tokens=256)
+    return ours, HFLM(pretrained=str(world / "model"), device="cpu", dtype="float32", batch_size=4)
+
+
+def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def test_pairs_and_texts_score_as_hflm_scores_them(both: tuple[ScorerLM, HFLM]) -> None:
+    pairs = asked("loglikelihood", ("it was good", " film"), ("it was good", " bad film"), ("", "nice"), ("a", " very"))
+    ours, theirs = (lm.loglikelihood(pairs) for lm in both)
+    np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], atol=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    texts = asked(
+        "loglikelihood_rolling", ("it was a very good film",), (" ".join(random.Random(1).choices(WORDS, k=160)),)
+    )
+    np.testing.assert_allclose(*(lm.loglikelihood_rolling(texts) for lm in both), atol=1e-3)
+
+
+def test_prompts_of_several_settings_are_continued_as_hflm_continues_them(both: tuple[ScorerLM, HFLM]) -> None:
+    few, more = ({"until": ["film"], "max_gen_toks": n, "do_sample": False} for n in (4, 9))
+    prompts = asked("generate_until", ("it was", few), ("a very nice", more), ("poor film", few), ("the", more))
+    assert both[0].generate_until(prompts) == both[1].generate_until(prompts)
+
+
+def test_simple_evaluate_takes_it_as_it_is(world: Path, both: tuple[ScorerLM, HFLM]) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from portllm.formats import lmeval
+
+    task = lmeval.build(lmeval.TaskSource("mood", world / "tasks", world / "data" / "mood"))
+    found = [
+        lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
+        for lm in both
+    ]
+    ours, theirs = (one["results"]["mood"] for one in found)
+    assert {name: ours[name] for name in ours if name.startswith("acc")} == {
+        name: theirs[name] for name in theirs if name.startswith("acc")
+    }
