@@ -17,7 +17,7 @@ from portllm.resolve.lock import apply_lock, hub_ids, lock_path, read_lock
 from portllm.resolve.models import model_facts, patch_facts, pinned, version_facts
 from portllm.resolve.source import Sources
 from portllm.study.facts import CorpusFacts, Facts, ModelFacts, PatchFacts, TaskFacts, from_json, to_json
-from portllm.study.spec import Study, load
+from portllm.study.spec import Study, load, with_members
 
 
 def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]:
@@ -41,13 +41,15 @@ def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]
             raise type(error)(document.located(str(error))) from None
         sources.digests.save()
         remembered.save(facts, sources.seen)
-    return study, facts
+    return with_members(study, facts.groups), facts
 
 
 def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
     """Look at everything a study names; `pins` are the lock's."""
     from portllm.resolve import tasks as task_rooms
 
+    groups = task_rooms.groups(study, sources)
+    study = with_members(study, groups)
     models = {name: model_facts(name, model, sources) for name, model in study.models.items()}
     versions = _versions(study, models, sources)
     patches = _patches(study, models, sources)
@@ -62,6 +64,7 @@ def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
         tasks=tasks,
         patches=patches,
         versions=versions,
+        groups=groups,
         unpinned=tuple(unpinned(study, tasks)),
         notes=tuple(_notes(corpora)),
     )

@@ -41,11 +41,24 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
     return _remembered(content, source, facts)
 
 
+def groups(study: Study, sources: Sources) -> dict[str, tuple[str, ...]]:
+    """The members of every group or tag among the study's tasks."""
+    found = {}
+    for task in study.tasks:
+        members = lmeval.expand(task.task, _include(task, sources))
+        if members != [task.task]:
+            found[task.task] = tuple(members)
+    return found
+
+
+def _include(task: Task, sources: Sources) -> Path | None:
+    return sources.directory(task.include_path, f"tasks.{task.task}.include_path") if task.include_path else None
+
+
 def task_source(study: Study, task: Task, sources: Sources) -> lmeval.TaskSource:
     """Where a task's definition and data lie."""
-    where = f"tasks.{task.task}"
-    definition = sources.directory(task.include_path, f"{where}.include_path") if task.include_path else None
-    return lmeval.TaskSource(task.task, definition, _data_directory(study, task, sources), num_fewshot=task.num_fewshot)
+    data = _data_directory(study, task, sources)
+    return lmeval.TaskSource(task.task, _include(task, sources), data, num_fewshot=task.num_fewshot)
 
 
 def evaluated_prompts(study: Study, sources: Sources) -> list[str]:

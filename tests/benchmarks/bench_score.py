@@ -31,15 +31,20 @@ from portllm.work.lm import ScorerLM
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCHES = (1, 8, 16, 32, 64)
 SHAPES = {
-    "15M, 32k vocabulary": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab_size": 32_000},
-    "60M, 128k vocabulary": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6, "vocab_size": 128_000},
-}  # fmt: skip
-"""Random weights do for speed."""
+    "15M, 32k vocabulary": (256, 768, 8, 32_000),
+    "60M, 128k vocabulary": (384, 1152, 6, 128_000),
+}
+"""Hidden size, inner size, layers, vocabulary: random weights do for speed."""
 
 
-def random_model(shape: dict[str, int]) -> Any:
+def random_model(shape: tuple[int, ...]) -> Any:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     config = transformers.LlamaConfig(
-        **shape, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True
+        **dict(zip(names, shape, strict=True)),
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -158,11 +163,13 @@ def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> Non
     text = {"include": str(where), "task": f"local_{task}", "dataset_path": "parquet", "dataset_name": None,
             "dataset_kwargs": {"data_files": files}}  # fmt: skip
     (root / f"{task}.yaml").write_text(json.dumps(text))
-    subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},peft={patch},dtype=float32",
-         "--tasks", f"local_{task}", "--include_path", str(root), "--limit", str(limit), "--device", "cpu", "--batch_size", "16"],
-        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")},
-    )  # fmt: skip
+    arguments = {
+        "--model": "hf", "--model_args": f"pretrained={model},peft={patch},dtype=float32", "--device": "cpu",
+        "--tasks": f"local_{task}", "--include_path": str(root), "--limit": str(limit), "--batch_size": "16",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "lm_eval", "run", *(word for pair in arguments.items() for word in pair)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:

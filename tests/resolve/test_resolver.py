@@ -268,3 +268,15 @@ def test_hostile_values_are_one_clear_error(copy, override):
     (copy.parent / "list.jsonl").write_text("[1]\n")
     with pytest.raises((SpecError, ResolveError)):
         keys(copy, override)
+
+
+def test_a_group_stands_for_its_tasks_each_with_its_settings(copy):
+    (copy.parent / "tasks" / "both.yaml").write_text("group: both\ntask: [mood, tone]\n")
+    asked = "tasks=[{task: both, include_path: tasks, limit: 5}]"
+    for _ in range(2):  # the second from what is remembered
+        study, facts = open_study(copy, [asked])
+        assert [(task.task, task.limit) for task in study.tasks] == [("mood", 5), ("tone", 5)]
+        assert set(facts.tasks) == {"mood", "tone"}
+    assert {cell.task for cell in make_plan(study, facts).cells} == {"mood", "tone"}
+    with pytest.raises(SpecError, match="`mood` stands twice"):
+        open_study(copy, ["tasks=[{task: both, include_path: tasks}, {task: mood, include_path: tasks}]"])
