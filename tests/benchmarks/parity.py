@@ -112,9 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(
-        "| model | task | documents | largest difference | near ties | differ | metrics |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | task | documents | largest difference | near ties | differ | metrics |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     holds = True
     with tempfile.TemporaryDirectory() as folder:
         named = [(name, DATA / "models" / name) for name in ("stories260K", "home-12M")]
