@@ -128,7 +128,7 @@ def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
     keyed: list[tuple[bytes, int, np.ndarray, int]] = []
     truncated = 0
     for request, ids, start in spans(requests, window):
-        truncated += start < requests.answers[request]
+        truncated += int(start < requests.answers[request])
         # Big-endian bytes sort as the tokens do: an input comes right before those it begins.
         keyed.append((ids[:-1].astype(">u4").tobytes(), request, ids, start))
     rows: list[Row] = []

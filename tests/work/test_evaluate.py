@@ -57,7 +57,9 @@ def cell(run, out: Path, model: Path, task: str, given: dict[str, Path], patches
     inputs = {"root": model, "requests": out / "requests", **given}
     inputs |= {f"patch{i}": path for i, path in enumerate(patches, 1)}
     settings.setdefault("scales", (1.0,) * len(patches))
-    return evaluate(Evaluate(lm_eval=LM_EVAL, **settings), inputs, out / "cell", run)
+    summary = evaluate(Evaluate(lm_eval=LM_EVAL, **settings), inputs, out / "cell", run)
+    assert json.loads(json.dumps(summary)) == summary, "a record is JSON"
+    return summary
 
 
 def items(out: Path) -> list[dict[str, Any]]:
