@@ -25,8 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from portllm.formats import lmeval
+from portllm.lm import ScorerLM
 from portllm.work.head import body
-from portllm.work.lm import ScorerLM
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCHES = (1, 8, 16, 32, 64)

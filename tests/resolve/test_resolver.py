@@ -44,7 +44,7 @@ def keys(file, *overrides):
         ("corpora.c={path: data/mood/train.parquet, template: '{sentence} {lable}'}", "no column `lable`"),
         ("corpora.c={path: data/mood/train.parquet, template: 'plain'}", "names no column"),
         ("corpora.c={generator: nope, documents: 3}", r"corpora\.c: .*nope"),
-        ("tasks=[moood]", "did you mean|has no directory `moood`"),
+        ("tasks=[moood]", "lm-eval knows no task `moood`"),
         ("tasks=[{task: mood, include_path: nowhere}]", "include_path"),
         ("data_root=model", "has no directory `mood`"),
         ("patches={mood: model}", "patches"),

@@ -237,7 +237,7 @@ def test_nothing_waits_for_mlflow_and_close_says_what_is_missing(store: Path, mo
     for _ in range(100):
         mirror.training(step())
     mirror.cell(rows())
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
     assert "within 0.1 s" in mirror.close(timeout=0.1)[-1]
     gate.set()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from portllm.errors import StageError
+from portllm.errors import ResolveError, StageError
 from portllm.study.generators import generate
 from portllm.study.recipes import Base, Optimization, Text
 from portllm.work.base import base, train_tokenizer
@@ -98,7 +98,7 @@ def test_what_cannot_be_made_is_refused(change: dict[str, Any], message: str, tm
 def test_a_hub_out_of_reach_names_the_repository_and_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = Base("hub", hub="someone/model", revision="0" * 40)
-    with pytest.raises(StageError, match=r"someone/model.*HF_HUB_OFFLINE.*path"):
+    with pytest.raises(ResolveError, match=r"someone/model.*HF_HUB_OFFLINE.*give its directory"):
         make(tmp_path / "out", recipe)
 
 

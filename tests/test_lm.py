@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from portllm.work.lm import ScorerLM
+from portllm.lm import ScorerLM
 from tests.toys import WORDS, write_model, write_tasks
 
 

@@ -1,5 +1,7 @@
 """This scorer as one of lm-eval's models: `lm_eval.simple_evaluate(model=ScorerLM(model, tokenizer), tasks=[…])`.
 
+    from portllm.lm import ScorerLM
+
 Prompts, targets, filters and metrics are lm-eval's; how the requests are scored is `work/scoring.py` and
 `work/generating.py`.
 """
