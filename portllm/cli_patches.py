@@ -23,8 +23,6 @@ app = typer.Typer()
 PatchDirs = Annotated[
     list[Path], typer.Option("--patch", metavar="DIR", help="A PEFT adapter (repeatable: added in order).")
 ]
-
-
 Scales = Annotated[list[float] | None, typer.Option("--scale", help="λ of each patch, in order; default 1.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 HubOrDir = Annotated[

@@ -16,8 +16,9 @@ from portllm.resolve.digests import DigestCache, cache_directory, stat_signature
 from portllm.resolve.lock import apply_lock, hub_ids, lock_path, read_lock
 from portllm.resolve.models import model_facts, patch_facts, pinned, version_facts
 from portllm.resolve.source import Sources
+from portllm.study.conversion import with_members
 from portllm.study.facts import CorpusFacts, Facts, ModelFacts, PatchFacts, TaskFacts, from_json, to_json
-from portllm.study.spec import Study, load, with_members
+from portllm.study.spec import Study, load
 
 
 def open_study(file: Path, overrides: Sequence[str] = ()) -> tuple[Study, Facts]:

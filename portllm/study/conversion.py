@@ -1,8 +1,11 @@
-"""A study's fields as recipes and layouts."""
+"""A study's fields as recipes and layouts, and its groups as their tasks."""
 
+from collections.abc import Mapping, Sequence
+
+from portllm.errors import SpecError
 from portllm.study import recipes as r
 from portllm.study.resources import Layout
-from portllm.study.spec import Corpus, Optimizer, StageResources
+from portllm.study.spec import Corpus, Optimizer, StageResources, Study
 
 
 def text_recipe(corpus: Corpus, format: r.Format | None) -> r.Text:
@@ -42,3 +45,19 @@ def lora_recipe(rank: int, alpha: float | None, targets: str | list[str]) -> r.L
 
 def layout_of(resources: StageResources) -> Layout:
     return Layout(**resources.model_dump())
+
+
+def with_members(study: Study, groups: Mapping[str, Sequence[str]]) -> Study:
+    """The study with the tasks of each group or tag in its place, each with the group's settings.
+
+    Raises SpecError where a task then stands twice.
+    """
+    tasks = [
+        task.model_copy(update={"task": member})
+        for task in study.tasks
+        for member in groups.get(task.task, [task.task])
+    ]
+    names = [task.task for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SpecError(f"tasks: `{twice}` stands twice, by itself or in groups")
+    return study.model_copy(update={"tasks": tasks})

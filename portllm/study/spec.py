@@ -3,7 +3,7 @@
 `load(text, name, overrides)` is the way in. Paths stay as written: `resolve` takes them relative to the study file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -369,22 +369,6 @@ class Study(Strict):
     diagnose: bool = False
     """Training-free numbers of every ported patch on every version (`portllm results --diagnose`)."""
     report: ReportSettings = ReportSettings()
-
-
-def with_members(study: Study, groups: Mapping[str, Sequence[str]]) -> Study:
-    """The study with the tasks of each group or tag in its place, each with the group's settings.
-
-    Raises SpecError where a task then stands twice.
-    """
-    tasks = [
-        task.model_copy(update={"task": member})
-        for task in study.tasks
-        for member in groups.get(task.task, [task.task])
-    ]
-    names = [task.task for task in tasks]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise SpecError(f"tasks: `{twice}` stands twice, by itself or in groups")
-    return study.model_copy(update={"tasks": tasks})
 
 
 def _fills(tokens: int, sequence_length: int) -> None:

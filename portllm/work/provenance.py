@@ -15,7 +15,7 @@ from typing import Any
 import portllm
 from portllm.errors import ResolveError
 from portllm.formats.adapter import read_adapter
-from portllm.formats.tensors import PROVENANCE, content_digest, read_json, sha256
+from portllm.formats.tensors import PROVENANCE, content_digest, content_files, read_json, sha256
 from portllm.work.changes import Patches
 from portllm.work.source import Terms
 
@@ -78,10 +78,13 @@ def licence(model: Path) -> str | None:
 
 
 def seal_patch(out: Path, facts: Mapping[str, Any]) -> None:
-    """Writes a patch's card and its provenance, which holds the sha256 of every other file there."""
+    """Writes a patch's card and its provenance, which holds the sha256 of the card and of the adapter's own files.
+
+    Other ranks may still be writing their logs beside them.
+    """
     facts = {"portllm": portllm.__version__, **facts, "libraries": libraries(), "created": now()}
     (out / CARD).write_text(card(facts), encoding="utf-8")
-    files = {file.name: sha256(file) for file in sorted(out.iterdir()) if file.is_file() and file.name != PROVENANCE}
+    files = {file.name: sha256(file) for file in (*content_files(out), out / CARD)}
     write_json(out / PROVENANCE, facts | {"files": files})
 
 
