@@ -39,6 +39,15 @@ class EngineError(PortllmError, RuntimeError):
     """The cluster cannot run the plan."""
 
 
+def out_of_memory(type_name: str, message: str) -> bool:
+    """Whether an error, named by its class and its message, is one of want of memory, on the device or the host."""
+    text = f"{type_name} {message}".lower()
+    return type_name == "MemoryError" or any(words in text for words in _MEMORY)
+
+
+_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory")
+
+
 def printable(text: str) -> str:
     """A text with line ends, terminal escapes and lone surrogates written out: names come from files."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

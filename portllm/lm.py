@@ -57,7 +57,7 @@ class ScorerLM(LM):
         for numbers in alike.values():
             ids = self.encoder.contexts([requests[number].args[0] for number in numbers])
             asked = self._requests([(row, len(row)) for row in ids], "generate_until", requests[numbers[0]].args[1])
-            found, _ = generate(self.model, self.tokenizer, asked, self.score_tokens)
+            found = generate(self.model, self.tokenizer, asked, self.score_tokens).texts
             for number, text in zip(numbers, found, strict=True):
                 texts[number] = text
         return texts

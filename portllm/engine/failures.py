@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from portllm.errors import out_of_memory
+
 
 class Decision(Enum):
     """What to do with a step whose attempt failed."""
@@ -29,7 +31,6 @@ class Failure:
 ATTEMPTS = 3
 """Executions of one step before it is given up, whatever the reasons."""
 DIED = "WorkerDied"
-_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def decide(history: Sequence[Failure]) -> Decision:
@@ -43,12 +44,6 @@ def decide(history: Sequence[Failure]) -> Decision:
     last = history[-1]
     if last.type == DIED:
         return Decision.RETRY
-    if out_of_memory(last):
+    if out_of_memory(last.type, last.message):
         return Decision.SMALLER
     return Decision.GIVE_UP
-
-
-def out_of_memory(failure: Failure) -> bool:
-    """Whether an attempt failed for want of memory."""
-    text = f"{failure.type} {failure.message}".lower()
-    return failure.type == "MemoryError" or any(word in text for word in _MEMORY)

@@ -83,8 +83,8 @@ def respond(resident: Any, requests: RequestSet, budget: int) -> tuple[list[Any]
     """
     kind = requests.meta["output_type"]
     if kind == "generate_until":
-        texts, truncated = generate(resident.model, resident.tokenizer, requests, budget)
-        return list(texts), {"truncated": truncated}
+        made = generate(resident.model, resident.tokenizer, requests, budget)
+        return made.texts, {"truncated": made.truncated, "halved": made.halved}
     scores = loglikelihoods(resident.model, requests, budget)
     noted = {"truncated": scores.truncated, "halved": scores.halved}
     likely = scores.loglikelihoods.tolist()

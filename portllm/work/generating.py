@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
 from portllm.work.scoring import max_length
@@ -38,10 +39,21 @@ class Stops:
     """Token ids that end a text."""
 
 
-def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> tuple[list[str], int]:
-    """The text generated for each request, cut before its first stop sequence; and how many prompts were truncated.
+@dataclass(frozen=True)
+class Texts:
+    """One text per request, cut before its first stop sequence."""
 
-    A batch's prompts hold at most `budget` tokens with their padding. Raises StageError for what is not greedy.
+    texts: list[str]
+    truncated: int
+    """Requests whose prompt was cut from the left to leave room for the text."""
+    halved: int
+    """Batches that ran out of memory and were generated in halves."""
+
+
+def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> Texts:
+    """Continues the prompt of each request; a batch's prompts hold at most `budget` tokens with their padding.
+
+    Raises StageError for what is not greedy.
     """
     stops = _stops(requests.meta["generation"] or {}, model, tokenizer)
     room = max_length(model, requests) - stops.room
@@ -50,12 +62,15 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> t
                          f"window of {room + stops.room} leaves no room for a prompt")  # fmt: skip
     head = Head(model)
     texts = [""] * len(requests)
+
+    def work(batch: Sequence[int]) -> None:
+        prompts = [requests.ids(request)[-room:] for request in batch]
+        for request, ids in zip(batch, _continue(model, head, tokenizer, prompts, stops), strict=True):
+            texts[request] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
+
     with torch.inference_mode():
-        for batch in _batches(requests, room, budget):
-            prompts = [requests.ids(request)[-room:] for request in batch]
-            for request, ids in zip(batch, _continue(model, head, tokenizer, prompts, stops), strict=True):
-                texts[request] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
-    return texts, int((np.diff(requests.offsets) > room).sum())
+        halved = sum(in_halves(batch, work) for batch in _batches(requests, room, budget))
+    return Texts(texts, int((np.diff(requests.offsets) > room).sum()), halved)
 
 
 def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:

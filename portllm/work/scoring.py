@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
 
@@ -241,19 +242,16 @@ class _Scorer:
 
     def score(self, batch: Sequence[Family], budget: int) -> None:
         """Scores a batch; where it does not fit into memory, its halves."""
+        self.halved += in_halves(batch, lambda part: self._undone(part, budget))
+
+    def _undone(self, batch: Sequence[Family], budget: int) -> None:
+        """Scores a batch, or leaves the scores as they were."""
         before = self.scores.copy(), self.greedy.copy()
         try:
             self._score(batch, budget)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
+        except BaseException:
             self.scores, self.greedy = before
-            self.halved += 1
-        else:
-            return
-        torch.cuda.empty_cache()
-        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-            self.score(half, budget)
+            raise
 
     def _score(self, batch: Sequence[Family], budget: int) -> None:
         stems = [family.stem for family in batch]

@@ -177,16 +177,33 @@ def test_a_text_is_scored_window_by_window_after_one_token():
     assert loglikelihoods(model, request_set([([1], [])], output_type="loglikelihood_rolling"), 9).loglikelihoods == [0]
 
 
+def at_most(rows: int, forward: Any) -> Any:
+    """A forward pass that runs out of memory above a number of rows, as torch's allocator of the host says it."""
+
+    def small(*arguments, **named):
+        if len(named["input_ids"]) > rows:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+        return forward(*arguments, **named)
+
+    return small
+
+
+def test_generation_that_does_not_fit_into_memory_is_halved_and_counted(monkeypatch):
+    model, asked = tiny("llama"), request_set(prompts(), **generation())
+    whole = generate(model, Words(), asked, 10_000)
+    monkeypatch.setattr(body(model), "forward", at_most(2, body(model).forward))
+    halves = generate(model, Words(), asked, 10_000)
+    assert halves.texts == whole.texts and (whole.halved, halves.halved > 1) == (0, True)
+    monkeypatch.setattr(body(model), "forward", at_most(0, body(model).forward))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        generate(model, Words(), asked, 10_000)
+
+
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_counted(monkeypatch):
     model, (found, _) = tiny("llama"), choices()
     whole, forward = loglikelihoods(model, found, 10_000), body(model).forward
 
-    def small(*arguments, **named):
-        if len(named["input_ids"]) > 6:
-            raise torch.OutOfMemoryError("too many rows")
-        return forward(*arguments, **named)
-
-    monkeypatch.setattr(body(model), "forward", small)
+    monkeypatch.setattr(body(model), "forward", at_most(6, forward))
     halves = loglikelihoods(model, found, 10_000)
     assert (whole.halved, halves.halved > 0) == (0, True)
     np.testing.assert_allclose(halves.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
@@ -258,9 +275,9 @@ def alone(model: Any, context: list[int], tokens: int = 12) -> list[int]:
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
 def test_generated_text_is_that_of_each_prompt_alone(kind):
     model = tiny(kind)
-    texts, truncated = generate(model, Words(), request_set(prompts(), **generation()), budget=100)
-    assert texts == [Words().decode(alone(model, p), True) for p, _ in prompts()] and truncated == 0
-    assert len(set(texts)) > 3
+    made = generate(model, Words(), request_set(prompts(), **generation()), budget=100)
+    assert made.texts == [Words().decode(alone(model, p), True) for p, _ in prompts()]
+    assert (made.truncated, made.halved) == (0, 0) and len(set(made.texts)) > 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -269,15 +286,15 @@ def test_rows_leave_their_batch_at_a_stop_sequence_and_are_cut_there(kind):
     whole = [Words().decode(alone(model, p), True) for p, _ in prompts()]
     longest = max(range(len(whole)), key=lambda n: len(whole[n]))
     stop = whole[longest][6:14]  # across tokens
-    texts, _ = generate(model, Words(), request_set(prompts(), **generation(until=[stop])), budget=1000)
+    texts = generate(model, Words(), request_set(prompts(), **generation(until=[stop])), budget=1000).texts
     assert texts == [text.split(stop)[0] for text in whole] and texts[longest] != whole[longest]
 
 
 def test_prompts_leave_room_for_what_is_generated():
     model = tiny("llama")
     long = [([*range(3, 83)], [])]
-    texts, truncated = generate(model, Words(), request_set(long, **generation()), budget=100)
-    assert truncated == 1 and texts == [Words().decode(alone(model, [*range(3, 83)][-52:]), True)]
+    made = generate(model, Words(), request_set(long, **generation()), budget=100)
+    assert made.truncated == 1 and made.texts == [Words().decode(alone(model, [*range(3, 83)][-52:]), True)]
     with pytest.raises(StageError, match="generates up to 64 tokens, and the model's window of 64 leaves no room"):
         generate(model, Words(), request_set(long, **generation(max_gen_toks=64)), budget=100)
 
