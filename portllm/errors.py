@@ -5,6 +5,7 @@
     ├── ResolveError   a model, corpus, task or patch is not as named    (also ValueError)
     ├── StoreError     the store cannot do what was asked                (also OSError)
     ├── StageError     a stage cannot do its work                        (also RuntimeError)
+    │   └── Preempted  it was told to stop, and kept what it had
     └── EngineError    the cluster cannot run the plan                   (also RuntimeError)
 
 Every message says what is wrong, where (file, field or tensor) and how to mend it. The command line turns `SpecError`
@@ -33,6 +34,10 @@ class StoreError(PortllmError, OSError):
 
 class StageError(PortllmError, RuntimeError):
     """A stage cannot do its work: non-finite loss, too few tokens, a patch that does not fit."""
+
+
+class Preempted(StageError):
+    """A stage was told to stop; run again, it goes on from where it was."""
 
 
 class EngineError(PortllmError, RuntimeError):

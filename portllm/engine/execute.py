@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import resource
+import shutil
 import socket
 import time
 import traceback
@@ -14,6 +15,7 @@ from typing import Any
 
 from portllm import __version__
 from portllm.engine.failures import Failure
+from portllm.engine.preemption import training
 from portllm.store.store import Store
 from portllm.study.steps import Plan, Step
 from portllm.work.context import RunContext, Summary
@@ -29,6 +31,10 @@ STAGES = {
     "diagnose": "portllm.work.foresight",
 }
 """Module of each stage's function, which bears the stage's name; imported where it runs."""
+
+
+TRAININGS = frozenset({"base", "update", "finetune"})
+"""Stages that keep checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,20 @@ def stage_function(stage: str) -> Any:
     return getattr(importlib.import_module(STAGES[stage]), stage)
 
 
+def perform(job: Job, attempt: Path, context: RunContext) -> Summary:
+    """A step's stage function in this process; one that trains hears of SIGTERM."""
+    with training() if job.step.stage in TRAININGS else contextlib.nullcontext():
+        summary: Summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, attempt, context)
+    return summary
+
+
 def execute(job: Job, context: RunContext) -> Outcome:
     """Run a step in this process and publish it; every error becomes an outcome."""
 
     def work(attempt: Path, log: Path) -> tuple[Summary, int]:
         before = context.versions.loads
         with logging_to(log, context):
-            summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, attempt, context)
+            summary = perform(job, attempt, context)
         return summary, context.versions.loads - before
 
     return attempted(job, work)
@@ -96,6 +109,7 @@ def attempted(job: Job, work: Callable[[Path, Path], tuple[Summary, int]]) -> Ou
         summary, loads = work(attempt, log)
         wall = time.monotonic() - clock
         store.publish(attempt, step.stage, step.key, make_record(step, summary, wall, started))
+        shutil.rmtree(store.paths.work(step.key), ignore_errors=True)
     except Exception as error:
         store.discard(attempt)
         return Outcome(step.key, False, time.monotonic() - clock, failure=failure_of(error, log), **where)

@@ -20,7 +20,7 @@ class Failure:
     """One failed attempt."""
 
     type: str
-    """Class of the error, or `WorkerDied`."""
+    """Class of the error, or `WorkerDied`; `Preempted` where the process was told to end."""
     message: str
     traceback: str = ""
     """Its tail."""
@@ -30,18 +30,21 @@ class Failure:
 
 ATTEMPTS = 3
 """Executions of one step before it is given up, whatever the reasons."""
-DIED = "WorkerDied"
+DIED, PREEMPTED = "WorkerDied", "Preempted"
 
 
 def decide(history: Sequence[Failure]) -> Decision:
     """The decision after the last failure of `history`.
 
-    A dead worker says nothing about the step: the same again. Out of memory: smaller. Whatever a stage raised itself
-    (a non-finite loss, a full disk, a bad input) would be raised again: give up.
+    A dead worker says nothing about the step: the same again, and one that was told to stop does not even count. Out
+    of memory: smaller. Whatever a stage raised itself (a non-finite loss, a full disk, a bad input) would be raised
+    again: give up.
     """
-    if len(history) >= ATTEMPTS:
-        return Decision.GIVE_UP
     last = history[-1]
+    if last.type == PREEMPTED:
+        return Decision.RETRY
+    if sum(failure.type != PREEMPTED for failure in history) >= ATTEMPTS:
+        return Decision.GIVE_UP
     if last.type == DIED:
         return Decision.RETRY
     if out_of_memory(last.type, last.message):

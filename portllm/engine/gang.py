@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from portllm.engine.execute import Job, Outcome, attempted, stage_function
+from portllm.engine.execute import Job, Outcome, attempted, perform
+from portllm.engine.preemption import listen
 from portllm.store.store import Store
 from portllm.work.context import Summary
 
@@ -77,13 +78,20 @@ def _rank(config: dict[str, Any]) -> None:
     where = get_context()
     layout, scratch = job.step.layout, Path(config["scratch"])
     context = new_context(scratch, layout.threads, layout.gpus, where.get_world_rank(), where.get_world_size())
-    prepare(context, job.step)
+    prepare(context, job)
+    _listen()
     with open(config["log"], "a", buffering=1) as file:
         context.log = lambda line: print(time.strftime("%H:%M:%S"), f"rank {context.rank}:", line, file=file)
-        summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, Path(config["attempt"]), context)
+        summary = perform(job, Path(config["attempt"]), context)
     if context.rank == 0:
         # Ray Train keeps the metrics of `report` only beside a checkpoint, so the summary goes through a file.
         _summary_file(Path(config["attempt"])).write_text(json.dumps(summary | {"loads": context.versions.loads}))
+
+
+def _listen() -> None:
+    """A rank trains in a thread of its process, and signals are handled in the main one, which serves the actor."""
+    actor = ray.get_runtime_context().current_actor
+    ray.get(actor.__ray_call__.remote(lambda _: listen()))
 
 
 def _summary_file(attempt: Path) -> Path:

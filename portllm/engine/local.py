@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from portllm.engine.execute import Outcome, execute, job_for
+from portllm.engine.preemption import listen
 from portllm.engine.workers import new_context, prepare
 from portllm.errors import EngineError
 from portllm.store.store import Store
@@ -20,5 +21,7 @@ def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
             f"-o resources.{step.stage}.workers=1"
         )
     context = new_context(store.paths.scratch, step.layout.threads, step.layout.gpus)
-    prepare(context, step)
-    return execute(job_for(step, plan, store), context)
+    job = job_for(step, plan, store)
+    prepare(context, job)
+    listen()
+    return execute(job, context)

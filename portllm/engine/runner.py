@@ -17,7 +17,7 @@ import ray
 
 from portllm.engine.cluster import nodes
 from portllm.engine.execute import Outcome, job_for
-from portllm.engine.failures import DIED, Decision, Failure, decide
+from portllm.engine.failures import DIED, PREEMPTED, Decision, Failure, decide
 from portllm.engine.gang import run_gang
 from portllm.engine.pool import Budget, Size
 from portllm.engine.progress import Progress
@@ -225,7 +225,8 @@ class Runner:
                 self.budget.release(node, size_of(holder.step))
             return
         holder.step = None
-        if not outcome.pid:  # nobody was left to sign it
+        preempted = outcome.failure is not None and outcome.failure.type == PREEMPTED
+        if preempted or not outcome.pid:  # it was told to end, or nobody was left to sign it
             self._retire(holder)
 
     def _look_again(self) -> None:
@@ -269,11 +270,8 @@ class Runner:
 
 
 def smaller(step: Step) -> Step:
-    """The same step, the same key, with half the micro-batch."""
-    optimization = getattr(step.recipe, "optimization", None)
-    whole = optimization.batch // step.layout.workers if optimization else 1
-    half = max(1, (step.layout.micro_batch or whole) // 2)
-    return replace(step, layout=replace(step.layout, micro_batch=half))
+    """The same step, the same key, with half the tokens in a forward pass and twice as many passes."""
+    return replace(step, layout=replace(step.layout, micro_tokens=max(1, step.layout.budget // 2)))
 
 
 def _by_node(slots: list[Slot]) -> dict[str, Size]:

@@ -12,7 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from portllm.engine.execute import Job, Outcome, execute
 from portllm.engine.pool import Size
-from portllm.study.steps import Step
+from portllm.engine.preemption import listen, told
+from portllm.store.layout import StoreLayout
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -21,10 +22,11 @@ class Worker:
 
     def __init__(self, scratch: str, threads: int, gpus: int) -> None:
         self.context = new_context(Path(scratch), threads, gpus)
+        listen()
 
     def run(self, job: Job) -> Outcome:
         """Execute a step; never raises."""
-        prepare(self.context, job.step)
+        prepare(self.context, job)
         return execute(job, self.context)
 
     def end(self) -> None:
@@ -43,13 +45,16 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
 
     torch.set_num_threads(threads)
     device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-    return RunContext(scratch=scratch, versions=Versions(), rank=rank, world=world, device=device, log=lambda _: None)
+    where = {"rank": rank, "world": world, "device": device}
+    return RunContext(scratch=scratch, versions=Versions(), **where, log=lambda _: None, stop=told)
 
 
-def prepare(context: Any, step: Step) -> None:
+def prepare(context: Any, job: Job) -> None:
     """The context for this step."""
+    step = job.step
     context.layout = step.layout
     context.about = {"key": step.key, "label": step.label, **step.coordinates}
+    context.resume = StoreLayout(job.store).work(step.key)
 
 
 def quiet_libraries(gpus: int) -> None:

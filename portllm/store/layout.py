@@ -33,6 +33,10 @@ class StoreLayout:
         """Private output of one execution."""
         return self.root / "attempts" / f"{key}.{attempt}"
 
+    def work(self, key: str) -> Path:
+        """Checkpoints of a training that is not published yet, the same for every attempt."""
+        return self.root / "work" / key
+
     def failures(self, key: str) -> Path:
         """Failure records of a step."""
         return self.root / "failures" / key

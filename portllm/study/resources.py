@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -15,8 +17,16 @@ class Layout:
     """GPUs per worker."""
     zero: int | None = None
     """DeepSpeed ZeRO stage. None: 0 with one worker; with several, 2 for LoRA and 1 for full weights."""
-    micro_batch: int | None = None
-    """Sequences per forward pass and worker. None: the worker's whole share of the global batch."""
+    micro_tokens: int | None = None
+    """Tokens of a forward pass, padding included. None: 2,048 on a CPU, 16,384 on a GPU."""
     gradient_checkpointing: bool = False
     offload: bool = False
     """Optimizer state in host memory (ZeRO offload)."""
+
+    checkpoint_s: float = 120
+    """A training's state is kept at most so often, in seconds."""
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a forward pass: what is set, or a default that keeps Gemma 3 270M in 4 GB on a CPU."""
+        return self.micro_tokens or (GPU_TOKENS if self.gpus else CPU_TOKENS)

@@ -292,9 +292,12 @@ class StageResources(Strict):
     threads: Count = 1
     gpus: Annotated[int, Field(ge=0, strict=True)] = 0
     zero: Literal[0, 1, 2, 3] | None = None
-    micro_batch: Count | None = None
+    micro_tokens: Count | None = None
+    """Tokens of a forward pass, padding included; at least one sequence. Default: 2,048 on a CPU, 16,384 on a GPU."""
     gradient_checkpointing: bool = False
     offload: bool = False
+    checkpoint_s: Rate = 120
+    """Seconds between two checkpoints of a training, at least."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "StageResources":

@@ -6,8 +6,9 @@ micro-batches → arrays. Only the first arrow may change a number; the others m
 Shape suffixes: B sequences, T tokens of the longest, padded, N positions with a target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 
@@ -45,11 +46,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.starts)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return self.ends - self.starts
 
-    @property
+    @cached_property
     def targets(self) -> np.ndarray:
         """Number of targets of each sequence."""
         return self.lengths - self.answers
@@ -114,13 +115,23 @@ def finetune_batches(lengths: np.ndarray, batch: int, steps: int, seed: int, win
     return batches
 
 
-def micro_batches(batch: Batch, rank: int, world: int, size: int, count: int) -> list[Batch]:
-    """A rank's share of a global batch in exactly `count` micro-batches of at most `size`; the last may be empty.
+def micro_batches(data: Sequences, batch: Batch, world: int, budget: int) -> list[list[Batch]]:
+    """Each rank's share of a global batch in micro-batches, longest sequences first, as many on every rank.
 
-    Every rank runs the same number of passes, whatever its share: DeepSpeed's collectives need it.
+    One holds at most `budget` tokens with its padding, and at least one sequence; of a rank whose share needs fewer,
+    the last are empty: DeepSpeed's collectives need the same number of passes everywhere.
     """
-    share = batch[rank::world]
-    return [share[i * size : (i + 1) * size] for i in range(count)]
+    shares = [list(_by_budget(data, batch[rank::world], budget)) for rank in range(world)]
+    count = max(map(len, shares))
+    return [[*share, *([[]] * (count - len(share)))] for share in shares]
+
+
+def _by_budget(data: Sequences, share: Batch, budget: int) -> Iterator[Batch]:
+    ordered, start = sorted(share, key=lambda i: -int(data.lengths[i])), 0
+    while start < len(ordered):
+        count = max(1, budget // padded(int(data.lengths[ordered[start]]), data.limit))
+        yield ordered[start : start + count]
+        start += count
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class RunContext:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    resume: Path | None = None
+    """Directory for a training's checkpoints, the same for every attempt at a step; None keeps none."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """The step's key and its names in the study: for provenance only."""
     log: Callable[[str], None] = print
@@ -40,7 +42,7 @@ class RunContext:
     point: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     """A point of the training curve at an optimizer step (`loss`, `learning_rate`, `grad_norm`, `tokens_per_s`)."""
     stop: Callable[[], bool] = lambda: False
-    """True once the step should end early (preemption)."""
+    """True once the step should end early (preemption): a training keeps its state first."""
     clock: Callable[[], float] = time.monotonic
 
     def open(self, inputs: Mapping[str, Path], dtype: str) -> Resident:

@@ -22,10 +22,10 @@ BUCKET = 2**24
 def deepspeed_config(optimization: Optimization, layout: Layout, world: int, trains: Trains) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. Raises SpecError for a combination that cannot work."""
     stage = zero_stage(layout, world, trains)
-    size = micro_batch(optimization.batch, layout, world)
     return {
-        "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": accumulation(optimization.batch, size, world),
+        # The loop itself says which pass is a step's last: DeepSpeed's own count must be 1.
+        "train_micro_batch_size_per_gpu": ceil(optimization.batch / world),
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": optimization.clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero(stage, layout),
@@ -47,19 +47,6 @@ def zero_stage(layout: Layout, world: int, trains: Trains) -> int:
     if layout.zero == 0 and layout.offload:
         raise SpecError("resources: `offload` needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
     return layout.zero
-
-
-def micro_batch(batch: int, layout: Layout, world: int) -> int:
-    """Sequences per forward pass: the layout's, at most a rank's whole share of the global batch."""
-    share = ceil(batch / world)
-    if layout.micro_batch is not None and layout.micro_batch < 1:
-        raise SpecError(f"resources: `micro_batch: {layout.micro_batch}` must be at least 1")
-    return min(share, layout.micro_batch or share)
-
-
-def accumulation(batch: int, size: int, world: int) -> int:
-    """Forward passes per optimizer step and rank."""
-    return ceil(ceil(batch / world) / size)
 
 
 def zero(stage: int, layout: Layout) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     plan of global batches → per step: this rank's micro-batches, forward, backward → one optimizer step → curve, ledger
 
+A training that was killed or told to stop goes on from its last checkpoint, on as many ranks as it then has.
+
 Every training goes through `deepspeed.initialize`, world 1 included; DeepSpeed is imported inside `start` only, since
 it takes 2.5 s and pulls in mlflow. The loss of a step is the token loss summed over all targets of the whole global
 batch, divided by their number, so ranks, micro-batches and ZeRO stage move rounding only. Nothing depends on what ran
@@ -16,7 +18,7 @@ import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from portllm.errors import StageError
+from portllm.errors import Preempted, StageError
 from portllm.study.recipes import Optimization
+from portllm.work import engine_state
 from portllm.work.batches import Arrays, Batch, Sequences, collate, micro_batches
+from portllm.work.checkpoints import Checkpoints
 from portllm.work.context import RunContext, Summary
 from portllm.work.deepspeed_config import Trains, deepspeed_config
-from portllm.work.loss import SummedLoss, head_blocks, silence_dropout
+from portllm.work.loss import SummedLoss, head_blocks, silence_dropout, vocabulary
 
 
 def train(
@@ -55,15 +59,18 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(SummedLoss(model), config, optimization, run)
     loop = Loop(engine, data, len(batches), optimization, run)
-    begun = run.clock()
     try:
-        points = [loop.step(number, batch) for number, batch in enumerate(batches, 1)]
-        ledger = measured(engine, points, run.clock() - begun, run) | {"examples": len(data)}
+        loop.resume()
+        for batch in batches[len(loop.points) :]:
+            loop.step(batch)
+            loop.keep()
+        ledger = measured(engine, loop.points, loop.seconds, run) | loop.about()
         values = masters(engine, keep)
     finally:
+        loop.end()
         engine.destroy()
     settle(engine.module, values)
-    write_logs(out, points, [loop.mine(batch) for batch in batches], run)
+    write_logs(out, loop.points, [loop.mine(batch) for batch in batches], run)
     return ledger
 
 
@@ -120,7 +127,7 @@ def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    weights = moving(module)
+    weights = list(engine_state.moving(module).values())
     optimizer = torch.optim.AdamW(
         weights, lr=optimization.learning_rate, betas=optimization.betas, weight_decay=optimization.weight_decay
     )
@@ -132,36 +139,25 @@ def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization
 
 def masters(engine: Any, keep: torch.dtype) -> list[Tensor]:
     """Copies of the fp32 masters of what moved, rounded to `keep`, in host memory. Collective."""
-    return [master(engine, p).detach().to("cpu", keep, copy=True) for p in moving(engine.module)]
+    return [
+        engine_state.master(engine, p).detach().to("cpu", keep, copy=True)
+        for p in engine_state.moving(engine.module).values()
+    ]
 
 
 def settle(module: nn.Module, values: list[Tensor]) -> None:
     """Puts the masters in the place of what moved, once the engine has let go of it."""
-    for parameter, value in zip(moving(module), values, strict=True):
+    for parameter, value in zip(engine_state.moving(module).values(), values, strict=True):
         parameter.data = value
         parameter.grad = None
     gc.collect()  # engine, hooks and modules refer to each other in circles
 
 
-def moving(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The fp32 master of a parameter: its own value in an fp32 training without ZeRO. Collective under ZeRO 1-3."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full = safe_get_full_fp32_param(parameter)
-    if full is not None:
-        return full
-    for low, high in zip(*(getattr(engine.optimizer, n, ()) for n in ("fp16_groups", "fp32_groups")), strict=True):
-        for mine, fp32 in zip(low, high, strict=True):
-            if mine is parameter:
-                return fp32
-    return parameter
-
-
 # ---------------------------------------------------------------------------------------------------------------- loop
+
+
+EXPLODED = 4.0
+"""A loss so many times that of a uniform guess, and of the first step, has left for good."""
 
 
 @dataclass(frozen=True)
@@ -196,55 +192,107 @@ class Loop:
     steps: int
     optimization: Optimization
     run: RunContext
+    points: list[Point] = field(default_factory=list)
+    """Of the optimizer steps taken."""
+    resumed: list[int] = field(default_factory=list)
+    """Optimizer steps after which the training went on from a checkpoint."""
 
-    def step(self, number: int, batch: Batch) -> Point:
-        """Optimizer step `number` (from 1) over a global batch. Raises StageError before it moves on a bad loss."""
-        if self.run.stop():
-            raise StageError(f"stopped before optimizer step {number} of {self.steps}: run it again")
-        began = self.run.clock()
+    def __post_init__(self) -> None:
+        self.kept = Checkpoints(self.run.resume, self.run) if self.run.resume else None
+        self.begun = self.run.clock()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attempts, what was lost to them left out."""
+        return self.run.clock() - self.begun
+
+    def resume(self) -> None:
+        """Goes on from the newest complete checkpoint, if there is one."""
+        about = self.kept.restore(self.engine) if self.kept else None
+        if about is not None:
+            self.points = [Point(**point) for point in about["points"]]
+            self.resumed = [*about["resumed"], len(self.points)]
+            self.begun = self.run.clock() - about["seconds"]
+            self.run.log(f"goes on after optimizer step {len(self.points)} of {self.steps}")
+
+    def keep(self) -> None:
+        """A checkpoint where one is due. Raises Preempted, after a checkpoint, where the step is to stop."""
+        if len(self.points) == self.steps:
+            return
+        stop, due = self.agreed(self.run.stop(), self.kept is not None and self.kept.due)
+        if self.kept is not None and (stop or due):
+            points = [asdict(point) for point in self.points]
+            about = {"points": points, "resumed": self.resumed, "seconds": self.seconds}
+            self.kept.save(self.engine, len(self.points), about)
+        if stop:
+            raise Preempted(f"stopped after optimizer step {len(self.points)} of {self.steps}: run it again")
+
+    def agreed(self, *said: bool) -> list[bool]:
+        """What any rank said."""
+        if self.run.world == 1:
+            return list(said)
+        found = torch.tensor(said, dtype=torch.int32, device=self.run.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return [bool(value) for value in found.tolist()]
+
+    def end(self) -> None:
+        """Lets a checkpoint that is being written come to its end."""
+        if self.kept is not None:
+            self.kept.finish()
+
+    def about(self) -> Summary:
+        """What the ledger says of the data and of interruptions."""
+        return {"examples": len(self.data), "resumed": self.resumed}
+
+    def step(self, batch: Batch) -> None:
+        """The next optimizer step, over a global batch. Raises StageError before it moves on a bad loss."""
+        began, number = self.run.clock(), len(self.points) + 1
         rate = learning_rate(number - 1, self.steps, self.optimization)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         loss = self.mean_loss(batch)
-        if not math.isfinite(loss):
-            raise StageError(
-                f"the loss at optimizer step {number} of {self.steps} is {loss}, for documents "
-                f"{self.data.documents_of(batch)}: lower `learning_rate`, or look at these documents"
-            )
+        self.require_sane(loss, number, batch)
         norm = gradient_norm(self.engine)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         tokens = int(self.data.lengths[batch].sum())
         point = Point(number, loss, rate, norm, tokens, self.run.clock() - began)
+        self.points.append(point)
         self.run.point(number, point.values())
         if number % max(1, self.steps // 10) == 0:
             speed = point.values()["tokens_per_s"]
             self.run.log(f"step {number} of {self.steps}: loss {loss:.4f}, {speed:.0f} tokens/s")
-        return point
+
+    def require_sane(self, loss: float, number: int, batch: Batch) -> None:
+        """Raises StageError for a loss that is not finite, or far above that of a model that knows nothing."""
+        first = self.points[0].loss if self.points else loss
+        if math.isfinite(loss) and loss <= EXPLODED * max(first, math.log(vocabulary(self.engine.module.model))):
+            return
+        raise StageError(
+            f"the loss at optimizer step {number} of {self.steps} is {loss}, for documents "
+            f"{self.data.documents_of(batch)}: lower `learning_rate`, or look at these documents"
+        )
 
     def mean_loss(self, batch: Batch) -> float:
         """Forward and backward of this rank's share; the whole batch's mean loss.
 
-        DeepSpeed averages gradients over ranks, so the world is in the scale; it must not divide by the accumulation.
-        (It would under ZeRO-0 if the tensor handed to `backward` were the module's very output: 0.19.8.)
+        DeepSpeed averages gradients over ranks, so the world is in the scale.
         """
         count = int(self.data.targets[batch].sum())
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for mine, blocks in self.passes(batch):
+        passes = self.passes(batch)
+        for number, (mine, blocks) in enumerate(passes, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(passes))
             loss = self.engine(*self.tensors(collate(self.data, mine)), blocks)
             self.engine.backward(loss * (self.run.world / count), scale_wrt_gas=False)
             total += loss.detach()
-            if not self.engine.is_gradient_accumulation_boundary():
-                self.engine.step()
         if self.run.world > 1:
             distributed.all_reduce(total)
         return float(total) / count
 
     def passes(self, batch: Batch) -> list[tuple[Batch, int]]:
         """This rank's micro-batches, each with the number of head blocks that the fullest rank needs for it."""
-        size = self.engine.train_micro_batch_size_per_gpu()
-        count, world = self.engine.gradient_accumulation_steps(), self.run.world
-        shares = [micro_batches(batch, rank, world, size, count) for rank in range(world)]
+        shares = micro_batches(self.data, batch, self.run.world, self.run.layout.budget)
         rows = [max(int(self.data.targets[ids].sum()) for ids in same) for same in zip(*shares, strict=True)]
         blocks = [head_blocks(self.engine.module.model, n) for n in rows]
         return list(zip(shares[self.run.rank], blocks, strict=True))
@@ -296,8 +344,7 @@ def measured(engine: Any, points: list[Point], wall: float, run: RunContext) -> 
         "zero": int(engine.zero_optimization_stage()),
         "world": run.world,
         "deepspeed": deepspeed.__version__,
-        "micro_batch": engine.train_micro_batch_size_per_gpu(),
-        "accumulation": engine.gradient_accumulation_steps(),
+        "micro_tokens": run.layout.budget,
     }
 
 

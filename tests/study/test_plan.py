@@ -84,7 +84,7 @@ def test_a_limit_changes_no_training():
 @pytest.mark.parametrize(
     "override",
     [
-        "resources.finetune={workers: 2, zero: 2, micro_batch: 1}",
+        "resources.finetune={workers: 2, zero: 2, micro_tokens: 64}",
         "store=elsewhere",
         "resources.evaluate.threads=2",
         "tracking.enabled=false",

@@ -23,8 +23,8 @@ BUCKETS = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
              "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 0}},
         ),
         (
-            replace(OPTIMIZATION, dtype="bfloat16", clip=0.5), Layout(micro_batch=3), 4, "lora",
-            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5,
+            replace(OPTIMIZATION, dtype="bfloat16", clip=0.5), Layout(micro_tokens=300), 4, "lora",
+            {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5,
              "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 2, **BUCKETS},
              "bf16": {"enabled": True, "check_grad_overflow": False}, "data_types": {"grad_accum_dtype": "fp32"}},
         ),
@@ -55,7 +55,6 @@ def test_zero_defaults_to_0_alone_and_with_several_workers_to_2_for_lora_and_1_f
         (Layout(zero=3), "lora", "ZeRO-3 with LoRA"),
         (Layout(zero=4), "full", "no ZeRO stage"),
         (Layout(zero=0, offload=True), "full", "offload"),
-        (Layout(micro_batch=0), "full", "micro_batch"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_mend(layout: Layout, trains: Any, message: str) -> None:

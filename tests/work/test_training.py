@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from portllm.errors import StageError
+from portllm.errors import Preempted, StageError
 from portllm.study.resources import Layout
 from portllm.work import head
 from portllm.work import loss as losses_of
-from portllm.work.batches import collate, finetune_batches, micro_batches, packed, update_batches
+from portllm.work.batches import collate, finetune_batches, micro_batches, packed, padded, update_batches
+from portllm.work.checkpoints import complete
 from portllm.work.loss import SummedLoss
-from portllm.work.training import learning_rate
+from portllm.work.training import learning_rate, train
 from tests.work import toy_training as toy
 
 pytestmark = pytest.mark.real
@@ -46,10 +47,16 @@ def test_update_batches_hold_every_sequence_once() -> None:
     assert sorted(i for b in batches for i in b) == list(range(21))
 
 
-def test_ranks_share_a_batch_without_overlap_in_equally_many_passes() -> None:
-    shares = [micro_batches(list(range(7)), rank, world=2, size=2, count=2) for rank in range(2)]
-    assert shares == [[[0, 2], [4, 6]], [[1, 3], [5]]]
-    assert micro_batches([9], 1, world=2, size=2, count=2) == [[], []]
+def test_ranks_share_a_batch_without_overlap_in_equally_many_passes_within_the_budget() -> None:
+    data = toy.data()
+    shares = micro_batches(data, list(range(13)), world=2, budget=64)
+    assert [sorted(sum(share, [])) for share in shares] == [list(range(0, 13, 2)), list(range(1, 13, 2))]
+    assert len(shares[0]) == len(shares[1]) > 1
+    for micro in sum(shares, []):
+        lengths = data.lengths[micro].tolist()
+        assert lengths == sorted(lengths, reverse=True)
+        assert len(micro) * padded(max(lengths, default=0), 64) <= 64 or len(micro) == 1
+    assert micro_batches(data, [9], world=2, budget=1) == [[[9]], [[]]]
 
 
 def test_arrays_hold_the_targets_of_the_answer_only_and_few_shapes() -> None:
@@ -183,8 +190,8 @@ def test_20_steps_equal_a_plain_pytorch_loop(reference: Any) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(micro_batch=2), Layout(micro_batch=3), Layout(zero=1), Layout(zero=2, micro_batch=2), Layout(zero=3),
-        Layout(offload=True), Layout(gradient_checkpointing=True),
+        Layout(micro_tokens=40), Layout(micro_tokens=96), Layout(zero=1), Layout(zero=2, micro_tokens=64),
+        Layout(zero=3, micro_tokens=64), Layout(offload=True), Layout(gradient_checkpointing=True),
     ],
     ids=str,
 )  # fmt: skip
@@ -200,9 +207,7 @@ def test_the_ledger_is_read_from_the_engine(reference: Any) -> None:
     _, ledger, out = reference
     lengths = toy.data().lengths
     assert ledger["tokens"] == sum(int(lengths[b].sum()) for b in toy.batches())
-    assert (ledger["steps"], ledger["world"], ledger["zero"], ledger["micro_batch"], ledger["accumulation"]) == (
-        20, 1, 0, 8, 1,
-    )  # fmt: skip
+    assert [ledger[name] for name in ("steps", "world", "zero", "micro_tokens")] == [20, 1, 0, 2048]
     count = sum(p.numel() for p in toy.model().parameters())
     assert ledger["trainable_parameters"] == ledger["total_parameters"] == count
     assert ledger["peak_rss_bytes"] > 2**27
@@ -242,8 +247,9 @@ def test_a_group_of_another_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case of `toy_training` by two processes over gloo."""
+    """Every case of `toy_training` by two processes over gloo; what one process began is there before them."""
     out = tmp_path_factory.mktemp("ranks")
+    toy.halves(out, rank=0, world=1, begin=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
         subprocess.Popen([sys.executable, toy.__file__, str(rank), "2", str(out)], env=environment) for rank in range(2)
@@ -267,3 +273,83 @@ def test_two_ranks_read_different_documents(two_ranks: Path) -> None:
     for mine, theirs, batch in zip(first, second, toy.batches(), strict=True):
         assert sorted(mine + theirs) == sorted(100 + i for i in batch)
         assert len(mine) == len(theirs) == 4
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_training_told_to_stop_goes_on_to_the_very_same_bits(zero: int, dtype: Any, tmp_path: Path) -> None:
+    settings = {"layout": Layout(zero=zero, micro_tokens=96), "optimization": replace(toy.OPTIMIZATION, dtype=dtype)}
+    whole, _ = toy.fit(tmp_path / "whole", **settings)
+    for stop in (1, 12):
+        with pytest.raises(Preempted, match=f"stopped after optimizer step {stop} of 20"):
+            toy.fit(tmp_path / "halves", stop=stop, **settings)
+    halves, ledger = toy.fit(tmp_path / "halves", **settings)
+    assert ledger["resumed"] == [1, 12]
+    assert same(halves, whole) and (toy.losses(tmp_path / "halves") == toy.losses(tmp_path / "whole")).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_training_killed_at_a_random_step_equals_an_undisturbed_one(
+    seed: int, reference: Any, tmp_path: Path
+) -> None:
+    killed = int(np.random.default_rng(seed).integers(2, 20))
+
+    def die(number: int, values: Any) -> None:
+        if number == killed:
+            raise KeyboardInterrupt
+
+    model, run = toy.model(), toy.context(tmp_path, Layout(checkpoint_s=1e-9))
+    run.point, run.stop = die, lambda: False
+    with pytest.raises(KeyboardInterrupt):
+        train(model, toy.data(), toy.batches(), toy.OPTIMIZATION, "full", run, tmp_path)
+    kept = complete(tmp_path / "kept")
+    assert 1 <= len(kept) <= 2 and all(int(path.name.split("-")[1]) < killed for path in kept)
+    model, ledger = toy.fit(tmp_path)
+    assert same(model, reference[0]) and ledger["resumed"] == [int(kept[-1].name.split("-")[1])]
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over_and_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=3)
+    (tmp_path / "kept" / "step-000009-of-2").mkdir()
+    (tmp_path / "kept" / "step-000009-of-2" / "rank1.safetensors").write_bytes(b"half")
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=5)
+    (newest,) = [p for p in complete(tmp_path / "kept") if "05" in p.name]
+    (newest / "rank0.safetensors").chmod(0o644)
+    (newest / "rank0.safetensors").write_bytes(b"garbage")
+    with pytest.raises(StageError, match="step-000005-of-1: no checkpoint to go on from"):
+        toy.fit(tmp_path)
+
+
+def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_training(
+    reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    model, ledger = toy.fit(tmp_path, Layout(checkpoint_s=1e-9))
+    assert same(model, reference[0]) and not complete(tmp_path / "kept")
+    assert not list((tmp_path / "kept").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("case", toy.RESUMED)
+def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: Path, tmp_path: Path) -> None:
+    settings = toy.RESUMED[case]
+    if settings["then"] == 1:
+        only = {key: value for key, value in settings.items() if key not in ("begun", "then")}
+        _, ledger = toy.fit(two_ranks / case, **only)
+    else:
+        ledger = json.loads((two_ranks / case / "ledger.rank0.json").read_text())
+    assert (ledger["resumed"], ledger["world"], ledger["steps"]) == (
+        [7],
+        settings["then"],
+        len(toy.batches(settings.get("batch", 8))),
+    )
+    toy.fit(tmp_path, Layout(), settings.get("trains", "full"), settings.get("batch", 8))
+    np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)

@@ -1,5 +1,6 @@
 """A tiny training that tests run in their own process, and `python toy_training.py RANK WORLD DIR` in others."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from portllm.errors import Preempted
 from portllm.study.recipes import Lora, Optimization
 from portllm.study.resources import Layout
 from portllm.work.batches import Batch, Sequences, examples, finetune_batches, update_batches
@@ -22,9 +24,9 @@ OPTIMIZATION = Optimization(learning_rate=1e-2, batch=8, seed=3)
 STEPS = 20
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"layout": Layout(zero=0)},
-    "zero1": {"layout": Layout(micro_batch=2)},
+    "zero1": {"layout": Layout(micro_tokens=64)},
     "zero2_lora": {"layout": Layout(), "trains": "lora"},
-    "ragged": {"layout": Layout(zero=3, micro_batch=1), "batch": 3},
+    "ragged": {"layout": Layout(zero=3, micro_tokens=1), "batch": 3},
 }
 """What two ranks do. In `ragged` they have 2 sequences and 1, in the last batch 1 and none, under ZeRO-3."""
 
@@ -52,25 +54,57 @@ def batches(batch: int = 8) -> list[Batch]:
     return finetune_batches(data().lengths, batch, STEPS, 1) if batch == 8 else update_batches(40, batch, 1)
 
 
-def context(out: Path, layout: Layout, rank: int = 0, world: int = 1) -> RunContext:
-    return RunContext(out / "scratch", Versions(), layout, rank, world, log=lambda line: None)
+def context(out: Path, layout: Layout, rank: int = 0, world: int = 1, stop: int | None = None) -> RunContext:
+    """Checkpoints lie in `out`; a training is told to stop after optimizer step `stop`."""
+    run = RunContext(out / "scratch", Versions(), layout, rank, world, resume=out / "kept", log=lambda line: None)
+    taken: list[int] = []
+    run.point = lambda number, values: taken.append(number)
+    run.stop = lambda: taken[-1] == stop
+    return run
 
 
 def fit(
     out: Path, layout: Layout | None = None, trains: Any = "full", batch: int = 8, rank: int = 0, world: int = 1,
-    optimization: Optimization = OPTIMIZATION,
+    optimization: Optimization = OPTIMIZATION, stop: int | None = None,
 ) -> tuple[Any, Summary]:  # fmt: skip
-    """Trains a fresh toy model; returns it with its ledger. Its logs are in `out`."""
+    """Trains a fresh toy model, or goes on from what is kept in `out`; returns it with its ledger.
+
+    With `stop` it ends after that optimizer step, by Preempted.
+    """
     out.mkdir(parents=True, exist_ok=True)
     toy, moving = model(), replace(optimization, batch=batch)
     if trains == "lora":
         attach(toy, Lora(4, 8), seed=1)
-    run = context(out, layout or Layout(), rank, world)
+    run = context(out, layout or Layout(), rank, world, stop)
     return toy, train(toy, data(), batches(batch), moving, trains, run, out)
 
 
 def losses(out: Path) -> np.ndarray:
     return np.array([json.loads(line)["loss"] for line in (out / "curve.jsonl").open()])
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    f"{name}_{begun}_to_{then}": {"begun": begun, "then": then, **case}
+    for name, case in {
+        "zero1": {"layout": Layout(zero=1)}, "zero2": {"layout": Layout(zero=2)},
+        "zero3": {"layout": Layout(zero=3, micro_tokens=64), "batch": 3},
+        "zero2_lora": {"layout": Layout(zero=2), "trains": "lora"},
+    }.items()
+    for begun, then in ((2, 2), (2, 1), (1, 2))
+}  # fmt: skip
+"""Trainings that stop after optimizer step 7 and go on with another number of ranks."""
+
+
+def halves(directory: Path, rank: int, world: int, begin: bool) -> None:
+    """The first 7 steps of every case of `RESUMED` that begins with so many ranks, or the rest of those that end so."""
+    for name, case in RESUMED.items():
+        arguments = {key: value for key, value in case.items() if key not in ("begun", "then")}
+        if begin and case["begun"] == world:
+            with contextlib.suppress(Preempted):
+                fit(directory / name, rank=rank, world=world, stop=7, **arguments)
+        if not begin and case["then"] == world:
+            _, ledger = fit(directory / name, rank=rank, world=world, **arguments)
+            (directory / name / f"ledger.rank{rank}.json").write_text(json.dumps(ledger))
 
 
 def main(rank: int, world: int, directory: Path) -> None:
@@ -80,6 +114,8 @@ def main(rank: int, world: int, directory: Path) -> None:
     for name, case in CASES.items():
         _, ledger = fit(directory / name, rank=rank, world=world, **case)
         (directory / name / f"ledger.rank{rank}.json").write_text(json.dumps(ledger))
+    for begin in (True, False):
+        halves(directory, rank, world, begin)
 
 
 if __name__ == "__main__":
