@@ -45,8 +45,7 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
 
     torch.set_num_threads(threads)
     device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-    where = {"rank": rank, "world": world, "device": device}
-    return RunContext(scratch=scratch, versions=Versions(), **where, log=lambda _: None, stop=told)
+    return RunContext(scratch, Versions(), rank=rank, world=world, device=device, log=lambda _: None, stop=told)
 
 
 def prepare(context: Any, job: Job) -> None:

@@ -30,11 +30,13 @@ class Cost:
 
 
 def costs(steps: Sequence[Step]) -> list[Cost]:
-    """Cost per arm: port first (it trains nothing), then refit, its tasks, and what both need."""
-    refits = [step for step in steps if step["stage"] == "finetune" and _t(step) > 0]
+    """Cost per arm: port first (it trains nothing), then warm, refit, its tasks, and what all need."""
+    warm = [step for step in steps if step["stage"] == "finetune" and _arm(step) == "warm"]
+    refits = [step for step in steps if step["stage"] == "finetune" and _t(step) > 0 and step not in warm]
     tasks = dict.fromkeys(str(step["coordinates"]["task"]) for step in refits)
     port = Cost("port", "the old patch is added", 0, 0.0, 0.0, 0.0, 0.0, None, None)
-    lines = [port, _cost("refit", "per patch and version, mean", refits)]
+    lines = [port, _cost("warm", "from the old patch, per patch and version, mean", warm)]
+    lines += [_cost("refit", "per patch and version, mean", refits)]
     if len(tasks) > 1:
         lines += [_cost(f"refit · {t}", "", [s for s in refits if s["coordinates"]["task"] == t]) for t in tasks]
     lines += [
@@ -52,6 +54,10 @@ def device_s(step: Step) -> float | None:
 
 def _t(step: Step) -> int:
     return int((step.get("coordinates") or {}).get("t") or 0)
+
+
+def _arm(step: Step) -> str | None:
+    return (step.get("coordinates") or {}).get("arm")
 
 
 def _cost(name: str, note: str, steps: Sequence[Step]) -> Cost:

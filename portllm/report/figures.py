@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from portllm.report.table import title
-from portllm.report.verdicts import ARMS, Verdict
+from portllm.report.verdicts import ARMS, Verdict, shown
 
-COLORS = {"none": "#8b93a1", "port": "#1f6feb", "refit": "#d9730d"}
+COLORS = {"none": "#8b93a1", "port": "#1f6feb", "warm": "#1a7f5a", "refit": "#d9730d"}
 """Told apart by lightness and marker too, for readers who do not see the hues."""
-MARKERS = {"none": "o", "port": "s", "refit": "^"}
+MARKERS = {"none": "o", "port": "s", "warm": "D", "refit": "^"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "portllm",
@@ -54,7 +54,7 @@ def over_versions(verdicts: Sequence[Verdict]) -> Markup:
     blocks = [list(members) for _, members in groupby(verdicts, key=lambda verdict: verdict.block)]
     panels = [lambda axes, block=block: _versions(axes, block, verdicts) for block in blocks]
     name = verdicts[0].name
-    return _grid(panels, f"{name}: score over versions, one panel per lineage", legend=ARMS, shared=True)
+    return _grid(panels, f"{name}: score over versions, one panel per lineage", legend=shown(verdicts), shared=True)
 
 
 def training_curves(steps: Sequence[Mapping[str, Any]]) -> list[Markup]:

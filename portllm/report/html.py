@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from portllm.report import figures, text
 from portllm.report.costs import Cost, costs, device_s
 from portllm.report.table import title
-from portllm.report.verdicts import ARMS, Row, Verdict
+from portllm.report.verdicts import ARMS, Row, Verdict, shown
 
 STUDY = (
     "description",
@@ -55,7 +55,7 @@ def render(
         losses=figures.training_curves(steps),
         evaluation=_evaluation(rows),
         steps=steps,
-        arms=ARMS,
+        arms=shown(verdicts),
         open_rows=OPEN_ROWS,
     )
 

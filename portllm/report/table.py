@@ -22,7 +22,7 @@ from rich.text import Text
 
 from portllm.errors import SpecError
 from portllm.report import text
-from portllm.report.verdicts import ARMS, Verdict
+from portllm.report.verdicts import Verdict, shown
 from portllm.store.results import COLUMNS, FORESIGHT
 
 if TYPE_CHECKING:
@@ -128,14 +128,15 @@ def _block(members: Sequence[Verdict]) -> Table:
     )
     table.add_column("t", justify="right")
     table.add_column("task")
-    for name in (*ARMS, "port−refit"):
+    arms = shown(members)
+    for name in (*arms, "port−refit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("decision")
     last = None
     for verdict in members:
         if last is not None and verdict.t != last:
             table.add_section()
-        table.add_row(*_cells(verdict, first=verdict.t != last))
+        table.add_row(*_cells(verdict, arms, first=verdict.t != last))
         last = verdict.t
     return table
 
@@ -145,8 +146,8 @@ def _details(verdict: Verdict) -> str:
     return f" ({verdict.metric}{rank}, {verdict.apply}, {verdict.dtype})"
 
 
-def _cells(verdict: Verdict, first: bool) -> list[str | Text]:
-    scores = [text.score(verdict.arms.get(arm), verdict.scale) for arm in ARMS]
+def _cells(verdict: Verdict, arms: Sequence[str], first: bool) -> list[str | Text]:
+    scores = [text.score(verdict.arms.get(arm), verdict.scale) for arm in arms]
     decision = Text(verdict.decision or "", style=STYLE.get(verdict.decision or "", ""))
     lead = text.difference(verdict.regret, -verdict.scale) if verdict.t else ""
     return [str(verdict.t) if first else "", escape(verdict.name), *scores, lead, decision]

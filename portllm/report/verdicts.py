@@ -40,7 +40,8 @@ Row = Mapping[str, Any]
 """One result row, keyed by the columns of `store.results.COLUMNS`."""
 Items = Callable[[str], "pa.Table"]
 """A cell's key → its items."""
-ARMS = ("none", "port", "refit")
+ARMS = ("none", "port", "warm", "refit")
+"""In the order of what they cost."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,12 @@ def _verdict(
         refit_device_s=_refit_cost(arms.get("refit", []), seconds),
         **against,
     )  # fmt: skip
+
+
+def shown(verdicts: Iterable[Verdict]) -> list[str]:
+    """The arms of a table: always none, port and refit, and warm where it was run."""
+    found = {arm for verdict in verdicts for arm in verdict.arms}
+    return [arm for arm in ARMS if arm != "warm" or arm in found]
 
 
 def _refit_cost(rows: Sequence[Row], seconds: Mapping[str, float]) -> float | None:

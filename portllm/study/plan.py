@@ -133,17 +133,24 @@ class _Planner:
         if arm == "none":
             yield None, (), None, None
             return
-        given = list(self._given_patches(lineage, task)) if arm == "port" else []
+        given = list(self._given_patches(lineage, task)) if arm in ("port", "warm") else []
+        recipe = None if given and arm == "port" else self._finetune_fields(lineage, task)
         for key, rank in given:
-            yield 0, (key,), rank, None
-        if given:
+            if recipe is None or not version.t:
+                yield 0, (key,), rank, None
+                continue
+            for seed in recipe.seeds:
+                warm = self._finetune(lineage, update_seed, version, task, recipe, rank, seed, start=key)
+                yield version.t, (warm,), rank, seed
+        if given or recipe is None:
             return
-        source = zero if arm == "port" else version
-        recipe = self._finetune_fields(lineage, task)
+        source = version if arm == "refit" else zero
         for rank in recipe.rank:
             for seed in recipe.seeds:
                 key = self._finetune(lineage, update_seed, source, task, recipe, rank, seed)
-                yield source.t, (key,), rank, seed
+                if arm == "warm" and version.t:
+                    key = self._finetune(lineage, update_seed, version, task, recipe, rank, seed, start=key)
+                yield version.t if arm == "warm" else source.t, (key,), rank, seed
 
     def _given_patches(self, lineage: str, task: Task) -> Iterator[tuple[str, int]]:
         for i, patch in enumerate(self.study.patches.get(task.task, [])):
@@ -240,17 +247,19 @@ class _Planner:
         lora = lora_recipe(update.rank, update.alpha, update.targets) if update.method == "lora" else None
         if lora:
             _check_lora(lora, version, where)
-        start = position.get(update.corpus, 0)
-        position[update.corpus] = start + update.tokens
+        replay = tuple(_slice(position, name, round(share * update.tokens)) for name, share in update.replay.items())
+        own = _slice(position, update.corpus, update.tokens - sum(part.tokens for part in replay))
         recipe = r.Update(
             method=update.method,
-            tokens=update.tokens,
+            tokens=own.tokens,
             sequence_length=update.sequence_length,
-            start=start,
+            start=own.start,
+            replay=replay,
             optimization=optimization(update, update.learning_rate or LEARNING_RATE[update.method], seed),
             lora=lora,
         )
         inputs = version.inputs | {"corpus": self._corpus(update.corpus, version)}
+        inputs |= {f"replay{n}": self._corpus(name, version) for n, name in enumerate(update.replay, 1)}
         key = self._add(
             "update",
             recipe,
@@ -348,8 +357,10 @@ class _Planner:
         return self.study.finetune.changed(model.finetune, task.finetune)
 
     def _finetune(
-        self, lineage: str, update_seed: int, version: Version, task: Task, fields: Finetune, rank: int, seed: int
-    ) -> str:
+        self, lineage: str, update_seed: int, version: Version, task: Task, fields: Finetune, rank: int, seed: int,
+        start: str | None = None,
+    ) -> str:  # fmt: skip
+        """A patch trained on a version, from nothing or, with fewer steps, from the patch `start`."""
         lora = lora_recipe(rank, fields.alpha, fields.targets)
         _check_lora(lora, version, f"finetune (task {task.task})")
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
@@ -357,15 +368,17 @@ class _Planner:
             lora=lora,
             epochs=epochs,
             steps=fields.steps,
+            share=fields.warm if start else 1.0,
             optimization=optimization(fields, fields.learning_rate, seed),
         )
         inputs = version.inputs | {"examples": self._examples(task, version, fields.examples)}
-        label = f"finetune {self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
+        inputs |= {"patch1": start} if start else {}
+        label = f"{self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
         return self._add(
             "finetune",
             recipe,
             inputs,
-            label,
+            f"{'warm' if start else 'finetune'} {label}",
             layout_of(self.study.resources.finetune),
             model=self.study.lineages[lineage].model,
             lineage=lineage,
@@ -373,6 +386,7 @@ class _Planner:
             task=task.task,
             rank=rank,
             seed=seed,
+            **({"arm": "warm"} if start else {}),
         )
 
     def _evaluate(
@@ -420,6 +434,13 @@ class _Planner:
         shape = version.facts.shape if version.facts else None
         if shape and 0 < shape.max_positions < length:
             raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
+
+
+def _slice(position: dict[str, int], corpus: str, tokens: int) -> r.Slice:
+    """The next tokens of a corpus in a lineage: chained updates take consecutive slices."""
+    start = position.get(corpus, 0)
+    position[corpus] = start + tokens
+    return r.Slice(start, tokens)
 
 
 def _check_lora(lora: r.Lora, version: Version, where: str) -> None:

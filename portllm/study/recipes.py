@@ -6,10 +6,11 @@ Input roles, the same for every stage that needs them (a role maps to a key in t
     zero                 θ₀ of the lineage (diagnose)
     other                patch trained on the version itself (diagnose)
     delta1, delta2, …    LoRA updates on top of root, in order (PEFT adapter directories)
-    patch1, patch2, …    patches Δθ to apply, in order (PEFT adapter directories)
+    patch1, patch2, …    patches Δθ to apply, in order, or one to start from (PEFT adapter directories)
     tokenizer            directory with the tokenizer's files
     source               corpus file, or GGUF file
     corpus               output of `corpus`
+    replay1, replay2, …  outputs of `corpus` for older corpora (update)
     requests             output of `requests`, evaluation documents
     examples             output of `requests`, training examples
     screen1, screen2, …  outputs of `requests` whose documents must not reach training
@@ -138,6 +139,14 @@ class Requests:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Tokens [start, start + tokens) of a corpus."""
+
+    start: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Update:
     """θₜ → θₜ₊₁: continued pretraining on tokens [start, start + tokens) of a corpus."""
 
@@ -148,17 +157,24 @@ class Update:
     start: int = 0
     """First token of the slice: chained updates take consecutive slices."""
     lora: Lora | None = None
+    replay: tuple[Slice, ...] = ()
+    """Slices of older corpora, in the order of the roles replay1, replay2, …, trained on among the corpus's."""
 
 
 @dataclass(frozen=True)
 class Finetune:
-    """θₜ → Δθ: a LoRA patch trained on a task's examples, loss on the continuation only."""
+    """θₜ → Δθ: a LoRA patch trained on a task's examples, loss on the continuation only.
+
+    With the role patch1 it starts from that patch's values and has its shape (arm `warm`).
+    """
 
     lora: Lora
     optimization: Optimization
     epochs: float | None = None
     steps: int | None = None
     """Optimizer steps; exactly one of epochs and steps is set."""
+    share: float = 1.0
+    """Of these steps, so many are taken."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from portllm.study.values import (
     Rate,
     Seed,
     Seeds,
+    Share,
     Targets,
     Text,
     one_or_more,
@@ -93,6 +94,7 @@ class FinetuneChange(Strict):
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     dtype: Dtype | None = None
+    warm: Share | None = None
     seeds: Seeds | None = None
 
     @model_validator(mode="after")
@@ -115,6 +117,8 @@ class Finetune(Training):
     epochs: Rate | None = None
     steps: Count | None = None
     """Optimizer steps, instead of epochs."""
+    warm: Share = 0.25
+    """Share of a refit's steps that arm `warm` takes, from the old patch's values."""
     seeds: Seeds = [0]
 
     @model_validator(mode="after")
@@ -216,6 +220,8 @@ class Update(Optimizer):
     steps: Count = 1
     """Chained updates on consecutive slices."""
     sequence_length: Length = 256
+    replay: dict[str, Share] = {}
+    """Older corpora and their shares of `tokens`; the corpus has the rest."""
     learning_rate: Rate | None = None
     """Peak; default 2e-4 for lora, 2e-5 for full."""
 
@@ -235,7 +241,17 @@ class Update(Optimizer):
             raise ValueError(f"an update needs {' and '.join(missing)}")
         elif self.tokens is not None:
             _fills(self.tokens, self.sequence_length)
+            self._check_replay(self.tokens)
         return self
+
+    def _check_replay(self, tokens: int) -> None:
+        if self.corpus in self.replay:
+            raise ValueError(f"replay names {self.corpus}, which is the corpus itself")
+        if sum(self.replay.values()) >= 1:
+            raise ValueError("the shares of replay leave nothing of the corpus: their sum must be below 1")
+        for name, share in self.replay.items():
+            if share * tokens < self.sequence_length:
+                raise ValueError(f"replay: {share} of {tokens:,} tokens of {name} do not fill one sequence")
 
 
 class Lineage(Strict):
@@ -407,6 +423,8 @@ def _check_names(study: Study, document: Document) -> None:
         for i, update in enumerate(lineage.updates):
             if update.corpus is not None:
                 _known(update.corpus, study.corpora, ("lineages", name, "updates", i, "corpus"), document)
+            for replayed in update.replay:
+                _known(replayed, study.corpora, ("lineages", name, "updates", i, "replay"), document)
     _check_zero(study, document)
     _check_tasks(study, document)
 
@@ -437,9 +455,9 @@ def _check_tasks(study: Study, document: Document) -> None:
         raise SpecError(f"{document.where(('arms',))}: an arm stands twice")
     if study.diagnose and "port" not in study.arms:
         raise SpecError(f"{document.where(('diagnose',))}: is of ported patches: add arm port, or leave it out")
-    trained = "refit" in study.arms or ("port" in study.arms and set(names) - set(study.patches))
+    trained = {"refit", "warm"} & set(study.arms) or ("port" in study.arms and set(names) - set(study.patches))
     if trained and study.finetune is None:
-        raise SpecError(f"{document.where(('finetune',))}: arms port and refit train patches: give finetune")
+        raise SpecError(f"{document.where(('finetune',))}: arms port, warm and refit train patches: give finetune")
 
 
 def _known(word: str, known: Any, location: Location, document: Document) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import AfterValidator, BeforeValidator, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Arm = Literal["none", "port", "refit"]
+Arm = Literal["none", "port", "warm", "refit"]
 ApplyMode = Literal["merged", "adapter"]
 Count = Annotated[int, Field(ge=1, le=10**15, strict=True)]
 Seed = Annotated[int, Field(ge=0, strict=True)]
@@ -22,6 +22,7 @@ def _number(value: Any) -> Any:
 
 
 Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")]
 

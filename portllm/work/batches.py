@@ -6,7 +6,7 @@ micro-batches → arrays. Only the first arrow may change a number; the others m
 Shape suffixes: B sequences, T tokens of the longest, padded, N positions with a target.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -30,7 +30,7 @@ WINDOW = 50
 class Sequences:
     """Token sequences, as spans of one flat (memory-mapped) array."""
 
-    tokens: np.ndarray
+    tokens: "np.ndarray | Joined"
     starts: np.ndarray
     """int64 [n]: a sequence's first token."""
     ends: np.ndarray
@@ -39,7 +39,7 @@ class Sequences:
     offsets: np.ndarray
     """int64 [documents + 1]: where documents begin in `tokens`."""
     documents: np.ndarray
-    """int64 [documents]: their names in logs and errors."""
+    """int64 or text [documents]: their names in logs and errors."""
     limit: int | None = None
     """Longest sequence the model reads; padding does not pass it."""
 
@@ -55,9 +55,9 @@ class Sequences:
         """Number of targets of each sequence."""
         return self.lengths - self.answers
 
-    def documents_of(self, ids: Sequence[int]) -> list[int]:
+    def documents_of(self, ids: Sequence[int]) -> list[int | str]:
         """Names of the documents that the sequences touch, in order of the ids."""
-        return [int(d) for i in ids for d in self.documents[self._touched(i)]]
+        return [name for i in ids for name in self.documents[self._touched(i)].tolist()]
 
     def _touched(self, i: int) -> slice:
         first = int(np.searchsorted(self.offsets, self.starts[i], side="right")) - 1
@@ -80,6 +80,36 @@ def packed(corpus: Path, start: int, tokens: int, length: int) -> Sequences:
         raise StageError(f"{tokens:,} tokens do not fill one sequence of {length} tokens (`sequence_length`)")
     starts = start + length * np.arange(tokens // length, dtype=np.int64)
     return Sequences(flat, starts, starts + length, np.ones_like(starts), offsets, np.load(corpus / "rows.npy"), length)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Flat (memory-mapped) arrays as if they were one; a span lies within one of them."""
+
+    parts: Sequence[np.ndarray]
+    begins: np.ndarray
+    """int64 [parts]: where each part begins."""
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        part = int(np.searchsorted(self.begins, span.start, side="right")) - 1
+        begin = int(self.begins[part])
+        return self.parts[part][span.start - begin : span.stop - begin]
+
+
+def mixed(parts: Mapping[str, Sequences]) -> Sequences:
+    """The sequences of several corpora as those of one; a document is named "part:row"."""
+    flats = [np.asarray(part.tokens) for part in parts.values()]
+    begins = np.concatenate([[0], np.cumsum([len(flat) for flat in flats])])
+    at = list(zip(parts.values(), begins, strict=False))
+    return Sequences(
+        Joined(flats, begins[:-1]),
+        np.concatenate([part.starts + begin for part, begin in at]),
+        np.concatenate([part.ends + begin for part, begin in at]),
+        np.concatenate([part.answers for part in parts.values()]),
+        np.concatenate([part.offsets[:-1] + begin for part, begin in at] + [begins[-1:]]),
+        np.concatenate([[f"{name}:{row}" for row in part.documents] for name, part in parts.items()]),
+        next(iter(parts.values())).limit,
+    )
 
 
 def examples(

@@ -13,7 +13,7 @@ from portllm.study.keys import canonical
 from portllm.study.recipes import Finetune
 from portllm.work.batches import Batch, Sequences, examples, finetune_batches
 from portllm.work.context import RunContext, Summary
-from portllm.work.lora import attach, private_copy, save_adapter
+from portllm.work.lora import attach, go_on, private_copy, save_adapter
 from portllm.work.provenance import licence, seal_patch
 from portllm.work.requests import open_examples
 from portllm.work.training import train
@@ -27,7 +27,9 @@ def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunCo
     resident = run.open(inputs, recipe.optimization.dtype)
     model = private_copy(resident.model, "lora")
     data = read(inputs["examples"], model)
-    adapted = attach(model, recipe.lora, recipe.optimization.seed)
+    adapted = (
+        go_on(model, inputs["patch1"]) if "patch1" in inputs else attach(model, recipe.lora, recipe.optimization.seed)
+    )
     ledger = train(model, data, plan(recipe, data), recipe.optimization, "lora", run, out)
     if run.rank == 0:
         save_adapter(adapted, out)
@@ -47,8 +49,8 @@ def read(path: Path, model: Any) -> Sequences:
 def plan(recipe: Finetune, data: Sequences) -> list[Batch]:
     """Global batches; epochs are rounded to whole optimizer steps."""
     batch, seed = recipe.optimization.batch, recipe.optimization.seed
-    steps = recipe.steps or max(1, round((recipe.epochs or 1.0) * len(data) / batch))
-    return finetune_batches(data.lengths, batch, steps, seed)
+    steps = recipe.steps or (recipe.epochs or 1.0) * len(data) / batch
+    return finetune_batches(data.lengths, batch, max(1, round(steps * recipe.share)), seed)
 
 
 def facts(recipe: Finetune, inputs: Mapping[str, Path], ledger: Summary, model: Path, run: RunContext) -> Summary:

@@ -49,6 +49,13 @@ def attach(model: Any, lora: Lora, seed: int) -> Any:
         raise StageError(f"LoRA targets {lora.targets!r} do not fit `{model.config.model_type}`: {error}") from error
 
 
+def go_on(model: Any, patch: Path) -> Any:
+    """`model` as a PEFT model with a patch's own LoRA, to be trained further."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(patch), is_trainable=True)
+
+
 def check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
     """PEFT is silent about a target that matches nothing as long as another matches."""
     names = [name for name, _ in model.named_modules()]

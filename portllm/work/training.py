@@ -297,7 +297,7 @@ class Loop:
         blocks = [head_blocks(self.engine.module.model, n) for n in rows]
         return list(zip(shares[self.run.rank], blocks, strict=True))
 
-    def mine(self, batch: Batch) -> list[int]:
+    def mine(self, batch: Batch) -> list[int | str]:
         """Documents of a global batch that this rank reads."""
         return self.data.documents_of(batch[self.run.rank :: self.run.world])
 
@@ -366,7 +366,7 @@ def peaks(run: RunContext) -> dict[str, int | None]:
     return {"peak_rss_bytes": resident, "peak_device_bytes": device}
 
 
-def write_logs(out: Path, points: list[Point], documents: list[list[int]], run: RunContext) -> None:
+def write_logs(out: Path, points: list[Point], documents: list[list[int | str]], run: RunContext) -> None:
     """`documents.rank{r}.json`: documents this rank read, by optimizer step; `curve.jsonl`: the curve, by rank 0."""
     (out / f"documents.rank{run.rank}.json").write_text(json.dumps(documents))
     if run.rank == 0:

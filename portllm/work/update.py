@@ -16,11 +16,12 @@ from portllm.errors import StageError
 from portllm.formats.tensors import CONFIGS, TOKENIZER_FILES
 from portllm.study.recipes import Lora, Update
 from portllm.work import versions
-from portllm.work.batches import packed, update_batches
+from portllm.work.batches import Sequences, mixed, packed, update_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.lora import attach, check_saved, private_copy, save_adapter
 from portllm.work.provenance import write_json
 from portllm.work.training import train
+from portllm.work.versions import numbered
 
 SHARD = "2GB"
 """Largest weight file: versions are read and applied shard by shard."""
@@ -31,7 +32,7 @@ def update(recipe: Update, inputs: Mapping[str, Path], out: Path, run: RunContex
 
     Raises StageError for a corpus that is too short or a sequence longer than the model reads.
     """
-    data = packed(inputs["corpus"], recipe.start, recipe.tokens, recipe.sequence_length)
+    data = read(recipe, inputs)
     resident = run.open(inputs, recipe.optimization.dtype)
     check_length(resident.model, recipe.sequence_length)
     model = private_copy(resident.model, recipe.method)
@@ -46,6 +47,17 @@ def update(recipe: Update, inputs: Mapping[str, Path], out: Path, run: RunContex
             save_adapter(adapted, out)
         write_version(recipe, inputs, out, resident.storage, run.scratch)
     return ledger
+
+
+def read(recipe: Update, inputs: Mapping[str, Path]) -> Sequences:
+    """Packed sequences of the slice and of those replayed; which comes when is the seed's choice."""
+    own = packed(inputs["corpus"], recipe.start, recipe.tokens, recipe.sequence_length)
+    if not recipe.replay:
+        return own
+    parts = {"corpus": own}
+    for number, (path, part) in enumerate(zip(numbered(inputs, "replay"), recipe.replay, strict=True), 1):
+        parts[f"replay{number}"] = packed(path, part.start, part.tokens, recipe.sequence_length)
+    return mixed(parts)
 
 
 def shape(recipe: Update) -> Lora:

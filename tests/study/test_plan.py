@@ -1,12 +1,14 @@
 """The plan: one step per key, cells for every coordinate."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from portllm.errors import SpecError
 from portllm.study.facts import CorpusFacts, from_json, to_json
 from portllm.study.plan import make_plan
+from portllm.study.recipes import Slice
 from tests.study.worlds import TEXT, facts, given, plan, study
 
 
@@ -65,6 +67,53 @@ def test_a_diagnosis_pairs_port_with_the_refit_of_the_same_rank_and_seed():
     assert not plan().diagnoses
     alone = plan("diagnose=true", "arms=[none, port]")
     assert all("other" not in alone.steps[d.key].inputs for d in alone.diagnoses)
+
+
+def test_arm_warm_goes_on_from_the_old_patch_with_a_share_of_the_steps():
+    found = plan("arms=[none, port, warm, refit]", "finetune.warm=0.5")
+    at = {"lineage": "soft", "task": "easy", "rank": 8, "seed": 1}
+    ported, warm, refit = (cells(found, arm=arm, t=2, **at)[0].patches[0] for arm in ("port", "warm", "refit"))
+    step = found.steps[warm]
+    assert step.inputs == found.steps[refit].inputs | {"patch1": ported}
+    assert step.recipe == replace(found.steps[refit].recipe, share=0.5)
+    assert (step.label, step.coordinates["arm"]) == ("warm soft t=2 easy r8 s1", "warm")
+    first = {arm: cells(found, arm=arm, t=0, **at)[0].key for arm in ("port", "warm", "refit")}
+    assert len(set(first.values())) == 1
+    assert plan().steps.keys() < found.steps.keys()
+
+
+def test_a_given_patch_is_warmed_up_by_the_study_s_fine_tuning():
+    found = plan("arms=[none, port, warm]", "patches={easy: p}")
+    (warm, other) = cells(found, arm="warm", t=1, lineage="soft", task="easy")
+    assert (warm.seed, other.seed, warm.rank) == (1, 2, 8)
+    assert found.steps[warm.patches[0]].inputs["patch1"].startswith("patch-p")
+    assert cells(found, arm="warm", t=0, lineage="soft", task="easy")[0].seed is None
+
+
+def test_replay_takes_its_share_from_older_corpora_and_chained_updates_go_on_in_each():
+    corpora = {"c": CorpusFacts(given("corpus", "c"), format="parquet", rows=10),
+               "old": CorpusFacts(given("corpus", "old"), format="parquet", rows=10)}  # fmt: skip
+    lineage = (
+        "lineages={l: {model: m, updates: [{corpus: c, method: full, tokens: 2000, steps: 2, replay: {old: 0.25}}]}}"
+    )
+    found = plan(
+        lineage, "corpora={c: {path: c.parquet, text: text}, old: {path: o.parquet, text: text}}", corpora=corpora
+    )
+    first, second = (step for step in found.steps.values() if step.stage == "update")
+    assert (first.recipe.start, first.recipe.tokens, first.recipe.replay) == (0, 1500, (Slice(0, 500),))
+    assert (second.recipe.start, second.recipe.tokens, second.recipe.replay) == (1500, 1500, (Slice(500, 500),))
+    assert {"corpus", "replay1"} <= first.inputs.keys()
+
+
+@pytest.mark.parametrize(
+    "replay, message",
+    [("{c: 0.5}", "which is the corpus itself"), ("{old: 0.6, older: 0.5}", "must be below 1"),
+     ("{old: 0.01}", "do not fill one sequence"), ("{nowhere: 0.5}", "`nowhere` is not defined")],
+)  # fmt: skip
+def test_a_replay_that_cannot_be_is_refused(replay, message):
+    lineage = f"lineages={{l: {{model: m, updates: [{{corpus: c, method: full, tokens: 2000, replay: {replay}}}]}}}}"
+    with pytest.raises(SpecError, match=message):
+        plan(lineage)
 
 
 def test_adding_a_task_adds_only_its_own_steps():

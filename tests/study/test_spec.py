@@ -42,7 +42,7 @@ from tests.study.worlds import TEXT, study
         ("patches={other: dir}", "`other` is not defined"),
         ("arms=[none, prot]", r"arms\[1\]"),
         ("arms=[none, none]", "an arm stands twice"),
-        ("finetune=null", "arms port and refit train patches: give finetune"),
+        ("finetune=null", "arms port, warm and refit train patches: give finetune"),
         ("resources.finetune.zero=3", "ZeRO-3 with LoRA"),
         ("resources.update.zero=3", "ZeRO-3 with LoRA"),
         ("evaluate.apply=glued", r"evaluate\.apply"),

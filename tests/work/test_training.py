@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def test_update_batches_hold_every_sequence_once() -> None:
 def test_ranks_share_a_batch_without_overlap_in_equally_many_passes_within_the_budget() -> None:
     data = toy.data()
     shares = micro_batches(data, list(range(13)), world=2, budget=64)
-    assert [sorted(sum(share, [])) for share in shares] == [list(range(0, 13, 2)), list(range(1, 13, 2))]
+    assert [sorted(chain(*share)) for share in shares] == [list(range(0, 13, 2)), list(range(1, 13, 2))]
     assert len(shares[0]) == len(shares[1]) > 1
-    for micro in sum(shares, []):
+    for micro in chain(*shares):
         lengths = data.lengths[micro].tolist()
         assert lengths == sorted(lengths, reverse=True)
         assert len(micro) * padded(max(lengths, default=0), 64) <= 64 or len(micro) == 1
@@ -333,7 +334,7 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_training(
     reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    model, ledger = toy.fit(tmp_path, Layout(checkpoint_s=1e-9))
+    model, _ = toy.fit(tmp_path, Layout(checkpoint_s=1e-9))
     assert same(model, reference[0]) and not complete(tmp_path / "kept")
     assert not list((tmp_path / "kept").rglob("*.partial"))
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from portllm.errors import StageError
 from portllm.study.generators import QUESTIONS, rows
-from portllm.study.recipes import Base, Corpus, Finetune, Lora, Optimization, Text, Update
+from portllm.study.recipes import Base, Corpus, Finetune, Lora, Optimization, Slice, Text, Update
 from portllm.study.resources import Layout
 from portllm.work.base import base
 from portllm.work.context import RunContext, Summary
@@ -171,6 +171,36 @@ def test_a_patch_is_a_plain_peft_adapter_with_provenance(toy: dict[str, Path], t
     assert "library_name: peft" in (tmp_path / "patch" / "README.md").read_text()
     assert provenance["recipe"]["lora"] == {"rank": 4, "alpha": 8}
     assert set(provenance["libraries"]) == {"torch", "transformers", "peft", "deepspeed"}
+
+
+def test_a_warm_start_begins_where_the_old_patch_is_and_takes_a_share_of_the_steps(
+    toy: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = replace(FINETUNE, steps=60, optimization=replace(MOVES, learning_rate=3e-2))
+    cold = run(finetune, recipe, tuning(toy), tmp_path / "cold")
+    inputs = tuning(toy) | {"patch1": tmp_path / "cold"}
+    warm = run(finetune, replace(recipe, share=0.25), inputs, tmp_path / "warm")
+    assert (cold["steps"], warm["steps"]) == (60, 15)
+    assert cold["loss_last"] < 1.0 and warm["loss_first"] < 1.0 < cold["loss_first"]
+    assert warm["trainable_parameters"] == cold["trainable_parameters"]
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cold", "warm"))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_replay_mixes_the_sequences_of_older_corpora_and_names_their_documents(
+    toy: dict[str, Path], tmp_path: Path
+) -> None:
+    reviews = Corpus(Text(generator="reviews", documents=300, seed=6))
+    run(corpus, reviews, {"tokenizer": toy["root"]}, tmp_path / "reviews")
+    recipe = replace(UPDATE, tokens=1216, replay=(Slice(320, 384),))
+    ledger = run(update, recipe, version(toy) | {"replay1": tmp_path / "reviews"}, tmp_path / "out")
+    assert (ledger["tokens"], ledger["examples"]) == (1600, 50)
+    steps = json.loads((tmp_path / "out" / "documents.rank0.json").read_text())
+    kinds = [{name.partition(":")[0] for name in documents} for documents in steps]
+    assert sum(len(kind) == 2 for kind in kinds) > 3  # both in most batches, not one after the other
+    rows_of = np.load(tmp_path / "reviews" / "rows.npy")
+    replayed = {int(name.partition(":")[2]) for names in steps for name in names if name.startswith("replay1:")}
+    assert replayed < set(rows_of.tolist()) and len(replayed) > 10
 
 
 def test_epochs_become_whole_steps(toy: dict[str, Path], tmp_path: Path) -> None:
