@@ -181,7 +181,8 @@ def test_a_warm_start_begins_where_the_old_patch_is_and_takes_a_share_of_the_ste
     inputs = tuning(toy) | {"patch1": tmp_path / "cold"}
     warm = run(finetune, replace(recipe, share=0.25), inputs, tmp_path / "warm")
     assert (cold["steps"], warm["steps"]) == (60, 15)
-    assert cold["loss_last"] < 1.0 and warm["loss_first"] < 1.0 < cold["loss_first"]
+    learned = cold["loss_first"] - cold["loss_last"]
+    assert learned > 0.1 and warm["loss_first"] < cold["loss_first"] - learned / 2
     assert warm["trainable_parameters"] == cold["trainable_parameters"]
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cold", "warm"))
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
