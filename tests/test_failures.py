@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.toys import STUDY, portllm, write_world
 
@@ -75,16 +77,16 @@ def test_a_dead_worker_is_replaced_and_a_diverging_training_fails_alone_and_name
     assert states["evaluate m t=0 tone none"] == "published"
 
 
-def _wait_for_worker(driver):
-    """Process id of a living warm worker below a driver's Ray."""
+def _wait_for_worker(driver, title="ray::Worker"):
+    """Process id of a living warm worker below a driver's Ray, by its title: it names what it executes."""
     for _ in range(200):
         found = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
         for line in found.splitlines():
             pid, _session, *arguments = line.split(maxsplit=2)
-            if arguments and "ray::Worker" in arguments[0] and _descends(int(pid), driver):
+            if arguments and title in arguments[0] and _descends(int(pid), driver):
                 return int(pid)
         time.sleep(0.1)
-    raise AssertionError("no warm worker found")
+    raise AssertionError(f"no process {title!r} found")
 
 
 def _descends(pid, ancestor):
@@ -94,6 +96,42 @@ def _descends(pid, ancestor):
         return ancestor in {p.pid for p in psutil.Process(pid).parents()}
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_training_that_is_told_to_stop_and_then_killed_goes_on_from_its_checkpoints(workers, world, tmp_path):
+    """SIGTERM keeps the state and costs nothing; SIGKILL costs what came after the last checkpoint."""
+    store, where = tmp_path / "s", f"resources.finetune={{workers: {workers}, checkpoint_s: 0.01}}"
+    many = ["-o", "finetune={rank: 2, learning_rate: 1e-3, steps: 1500, batch: 4}", "-o", "arms=[port]",
+            "-o", "lineages={a: {model: m}}", "-o", "tasks=[{task: mood, include_path: tasks}]"]  # fmt: skip
+    process = start("run", world, "--store", store, "--yes", *many, "-o", where)
+    title = "ray::finetune" if workers == 1 else "ray::RayTrainWorker"
+    for stop in (signal.SIGTERM, signal.SIGKILL):
+        before = _newest_checkpoint(store, 0)
+        os.kill(_wait_for_worker(process.pid, title), stop)
+        _newest_checkpoint(store, before)  # of the attempt that goes on
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "Preempted: stopped after optimizer step" in error and "WorkerDied" in error
+    (record,) = (json.loads(path.read_text()) for path in store.glob("artifacts/finetune/*/record.json"))
+    resumed = record["summary"]["resumed"]
+    assert len(resumed) == 2 and 0 < resumed[0] < resumed[1] and record["summary"]["world"] == workers
+    assert not list((store / "work").glob("*/step-*"))
+    portllm("run", world, "--store", tmp_path / "whole", "--yes", *many, "-o", "resources.finetune.workers=1")
+    mine, whole = (load_file(next(root.glob("artifacts/finetune/*/adapter_model.safetensors")))
+                   for root in (store, tmp_path / "whole"))  # fmt: skip
+    for name, tensor in whole.items():
+        torch.testing.assert_close(mine[name], tensor, atol=0 if workers == 1 else 1e-3, rtol=0)
+
+
+def _newest_checkpoint(store, above):
+    """Optimizer step of a training's newest checkpoint, once it lies above a number."""
+    for _ in range(600):
+        steps = [int(path.name.split("-")[1]) for path in store.glob("work/*/step-*-of-*")]
+        if max(steps, default=0) > above:
+            return max(steps)
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint above optimizer step {above}")
 
 
 def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(world, tmp_path, finished):
