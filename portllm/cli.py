@@ -103,7 +103,7 @@ def plan(study: StudyFile, override: Overrides = None, store: StoreOption = None
     kept = _store(asked, study, store)
     published = kept.published(step.stage for step in planned.steps.values())
     if json:
-        print_json(plan_json(planned, facts, published))
+        print_json(plan_json(planned, published))
     else:
         print(plan_text(planned, facts, published, str(kept.root)))
 

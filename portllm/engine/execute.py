@@ -130,6 +130,7 @@ def make_record(step: Step, summary: Summary, wall: float, started: float) -> di
         "pid": os.getpid(),
         "portllm": __version__,
         "resources": vars(step.layout),
+        "expected": {"device_s": round(step.cost.device_s, 3), "memory_bytes": step.cost.memory},
         "peak_process_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

@@ -27,6 +27,10 @@ class Cost:
     peak_rss_bytes: float | None
     """Largest of all."""
     peak_device_bytes: float | None
+    utilisation: float | None
+    """Share of the device's arithmetic, mean."""
+    energy_j: float | None
+    """Joules of one training, mean."""
 
 
 def costs(steps: Sequence[Step]) -> list[Cost]:
@@ -34,7 +38,7 @@ def costs(steps: Sequence[Step]) -> list[Cost]:
     warm = [step for step in steps if step["stage"] == "finetune" and _arm(step) == "warm"]
     refits = [step for step in steps if step["stage"] == "finetune" and _t(step) > 0 and step not in warm]
     tasks = dict.fromkeys(str(step["coordinates"]["task"]) for step in refits)
-    port = Cost("port", "the old patch is added", 0, 0.0, 0.0, 0.0, 0.0, None, None)
+    port = Cost("port", "the old patch is added", 0, 0.0, 0.0, 0.0, 0.0, None, None, None, None)
     lines = [port, _cost("warm", "from the old patch, per patch and version, mean", warm)]
     lines += [_cost("refit", "per patch and version, mean", refits)]
     if len(tasks) > 1:
@@ -72,6 +76,8 @@ def _cost(name: str, note: str, steps: Sequence[Step]) -> Cost:
         total_device_s=sum(spent),
         peak_rss_bytes=_over(steps, "peak_rss_bytes", max),
         peak_device_bytes=_over(steps, "peak_device_bytes", max),
+        utilisation=_over(steps, "utilisation", _mean),
+        energy_j=_over(steps, "energy_j", _mean),
     )
 
 

@@ -204,12 +204,15 @@ def _cost(line: Cost) -> dict[str, Any]:
         "total": text.hours(line.total_device_s),
         "memory": text.size(line.peak_rss_bytes),
         "device_memory": text.size(line.peak_device_bytes),
+        "utilisation": text.percent(line.utilisation),
+        "energy": text.energy(line.energy_j),
     }
 
 
 def _ledger(step: Mapping[str, Any]) -> dict[str, Any]:
     summary = step.get("summary") or {}
     losses = [summary.get(name) for name in ("loss_first", "loss_last")]
+    expected = step.get("expected") or {}
     return {
         "label": step["label"],
         "stage": step["stage"],
@@ -223,6 +226,11 @@ def _ledger(step: Mapping[str, Any]) -> dict[str, Any]:
         "loss": text.NOTHING if None in losses else f"{losses[0]:.3f} → {losses[1]:.3f}",
         "memory": text.size(summary.get("peak_rss_bytes")),
         "device_memory": text.size(summary.get("peak_device_bytes")),
+        "expected_s": text.seconds(expected.get("device_s")),
+        "expected_memory": text.size(expected.get("memory_bytes")),
+        "utilisation": text.percent(summary.get("utilisation")),
+        "energy": text.energy(summary.get("energy_j")),
+        "resumed": len(summary.get("resumed") or []),
     }
 
 

@@ -11,13 +11,11 @@ from portllm.study.estimate import (
     CPU_FLOPS,
     DOCUMENT_TOKENS,
     GPU_FLOPS,
-    Cost,
     by_stage,
-    cost,
     total,
 )
 from portllm.study.facts import Facts
-from portllm.study.steps import Plan, Step
+from portllm.study.steps import Cost, Plan, Step
 
 STAGES = ("base", "corpus", "requests", "update", "finetune", "evaluate", "diagnose", "export")
 """Order of display."""
@@ -25,7 +23,7 @@ STAGES = ("base", "corpus", "requests", "update", "finetune", "evaluate", "diagn
 
 def plan_text(plan: Plan, facts: Facts, published: set[str], store: str) -> str:
     """Stages, cells, what exists, what the rest costs."""
-    costs = by_stage(plan, facts, frozenset(published))
+    costs = by_stage(plan, frozenset(published))
     lines = [f"{plan.name}: {len(plan.steps)} steps, {len(plan.cells)} cells, store {store}", ""]
     lines.append(
         f"{'stage':<10}{'steps':>7}{'published':>11}{'to run':>8}{'device-hours':>14}{'memory':>10}{'disk':>10}"
@@ -44,7 +42,7 @@ def plan_text(plan: Plan, facts: Facts, published: set[str], store: str) -> str:
     lines += [
         "",
         f"Estimates count {CPU_FLOPS:.0e} FLOP/s a CPU thread, {GPU_FLOPS:.1e} a GPU, {DOCUMENT_TOKENS} tokens a "
-        "document; memory is weights, gradients and optimizer state, activations come on top.",
+        "document; memory is that of one worker with its activations.",
     ]
     unknown = sorted(name for name, model in facts.models.items() if model.shape is None)
     if unknown:
@@ -85,22 +83,21 @@ def _bytes(count: int) -> str:
     return f"{count:,} TB"
 
 
-def plan_json(plan: Plan, facts: Facts, published: set[str]) -> dict[str, Any]:
+def plan_json(plan: Plan, published: set[str]) -> dict[str, Any]:
     """The whole plan as JSON values; keys are null while something is unpinned."""
     keyed = not plan.unpinned
     return {
         "name": plan.name,
         "unpinned": list(plan.unpinned),
         "notes": list(plan.notes),
-        "steps": [_step_json(s, plan, facts, published, keyed) for s in plan.steps.values()],
+        "steps": [_step_json(s, published, keyed) for s in plan.steps.values()],
         "cells": [
             vars(cell) | ({} if keyed else {"key": None, "version_key": None, "patches": []}) for cell in plan.cells
         ],
     }
 
 
-def _step_json(step: Step, plan: Plan, facts: Facts, published: set[str], keyed: bool) -> dict[str, Any]:
-    price = cost(step, facts, plan)
+def _step_json(step: Step, published: set[str], keyed: bool) -> dict[str, Any]:
     return {
         "key": step.key if keyed else None,
         "stage": step.stage,
@@ -108,9 +105,9 @@ def _step_json(step: Step, plan: Plan, facts: Facts, published: set[str], keyed:
         "inputs": dict(step.inputs) if keyed else sorted(step.inputs),
         "published": step.key in published,
         "resources": vars(step.layout),
-        "device_s": round(price.device_s, 2),
-        "memory_bytes": price.memory,
-        "disk_bytes": price.disk,
+        "device_s": round(step.cost.device_s, 2),
+        "memory_bytes": step.cost.memory,
+        "disk_bytes": step.cost.disk,
     }
 
 

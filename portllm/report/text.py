@@ -101,6 +101,13 @@ def size(value: float | None) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
+def energy(joules: float | None) -> str:
+    """`840 J`, `1.20 kWh`."""
+    if joules is None:
+        return NOTHING
+    return f"{joules:,.0f} J" if joules < 3.6e5 else f"{joules / 3.6e6:,.2f} kWh"
+
+
 def described(value: Any) -> str:
     """A setting of a study file in one line: `path: …, rank: 8`."""
     if isinstance(value, Mapping):

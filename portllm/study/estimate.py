@@ -5,11 +5,10 @@ FLOPs follow the usual count: 2 per parameter and token forward, 4 more backward
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from portllm.study.facts import Facts, Shape
 from portllm.study.recipes import Base, Evaluate, Finetune, Update
-from portllm.study.steps import Plan, Step
+from portllm.study.steps import Cost, Plan, Step
 
 CPU_FLOPS = 4e10
 """A second, for one thread."""
@@ -21,47 +20,36 @@ EXAMPLES = 5000
 """Training examples of a task whose data are not at hand."""
 DOCUMENTS = 2000
 """Evaluated documents of a task whose data are not at hand."""
+PROCESS = 700_000_000
+"""Bytes of a worker process that has imported torch, transformers and DeepSpeed."""
+ACTIVATIONS = 1.5
+"""Kept activations over the inputs and outputs of the linear modules: norms, gates and attention come on top."""
 STEP_SECONDS = 0.5
 """Fixed cost of any step in a warm worker."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one step, or of many."""
-
-    device_s: float = 0.0
-    """Device seconds: wall times workers."""
-    memory: int = 0
-    """Bytes of one worker, weights, gradients and optimizer state; activations come on top."""
-    disk: int = 0
-    """Bytes published."""
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.device_s + other.device_s, max(self.memory, other.memory), self.disk + other.disk)
-
-
-def by_stage(plan: Plan, facts: Facts, skip: frozenset[str] = frozenset()) -> dict[str, Cost]:
+def by_stage(plan: Plan, skip: frozenset[str] = frozenset()) -> dict[str, Cost]:
     """Cost of the steps that are not in `skip`, by stage."""
     result: dict[str, Cost] = defaultdict(Cost)
     for step in plan.steps.values():
         if step.key not in skip:
-            result[step.stage] += cost(step, facts, plan)
+            result[step.stage] += step.cost
     return dict(result)
 
 
-def cost(step: Step, facts: Facts, plan: Plan) -> Cost:
+def cost(step: Step, facts: Facts, steps: Mapping[str, Step]) -> Cost:
     """Cost of one step; only the fixed part where the model's shape is unknown."""
     model = facts.models.get(str(step.coordinates.get("model")))
     shape = model.shape if model else None
     if shape is None or model is None:
         return Cost(STEP_SECONDS)
-    flops = _flops(step, shape, facts, plan)
+    flops = _flops(step, shape, facts, steps)
     speed = step.layout.gpus * GPU_FLOPS or step.layout.threads * CPU_FLOPS
     return Cost(STEP_SECONDS + flops / speed, _memory(step, shape), _disk(step, shape))
 
 
-def _flops(step: Step, shape: Shape, facts: Facts, plan: Plan) -> float:
+def _flops(step: Step, shape: Shape, facts: Facts, steps: Mapping[str, Step]) -> float:
     recipe = step.recipe
     if isinstance(recipe, Base):
         return 6.0 * shape.parameters * recipe.tokens
@@ -70,12 +58,12 @@ def _flops(step: Step, shape: Shape, facts: Facts, plan: Plan) -> float:
     task = facts.tasks.get(str(step.coordinates.get("task")))
     if isinstance(recipe, Finetune) and task:
         examples = task.training if task.training is not None else EXAMPLES
-        limit = getattr(plan.steps[step.inputs["examples"]].recipe, "examples", None)
+        limit = getattr(steps[step.inputs["examples"]].recipe, "examples", None)
         examples = min(examples, limit or examples)
         seen = recipe.steps * recipe.optimization.batch if recipe.steps else examples * (recipe.epochs or 1.0)
         return 4.0 * _body(shape) * seen * DOCUMENT_TOKENS
     if isinstance(recipe, Evaluate) and task:
-        limit = getattr(plan.steps[step.inputs["requests"]].recipe, "limit", None)
+        limit = getattr(steps[step.inputs["requests"]].recipe, "limit", None)
         documents = task.documents if task.documents is not None else DOCUMENTS
         return 2.0 * _body(shape) * min(documents, limit or documents) * DOCUMENT_TOKENS
     return 0.0
@@ -87,7 +75,24 @@ def _body(shape: Shape) -> float:
 
 
 def _memory(step: Step, shape: Shape) -> int:
-    """Bytes: frozen or trained weights, fp32 masters, gradients and Adam's two moments of what trains."""
+    """Bytes of a worker: its process, weights, what trains with masters, gradients and moments, and activations."""
+    if step.stage not in ("base", "update", "finetune", "evaluate"):
+        return 0
+    return PROCESS + _state(step, shape) + _activations(step, shape)
+
+
+def _activations(step: Step, shape: Shape) -> int:
+    """Of a forward pass that is kept for the backward one: inputs and outputs of every linear module, a token each."""
+    if getattr(step.recipe, "optimization", None) is None:
+        return 0
+    a_token = sum(rows + columns for rows, columns in shape.linear)
+    if step.layout.gradient_checkpointing and shape.layers:
+        a_token = a_token // shape.layers + shape.layers * shape.hidden
+    return int(ACTIVATIONS * step.layout.budget * a_token * BYTES[_dtype(step, shape)])
+
+
+def _state(step: Step, shape: Shape) -> int:
+    """Weights, and of what trains the fp32 masters, gradients and Adam's two moments."""
     recipe, weights = step.recipe, shape.parameters * BYTES[_dtype(step, shape)]
     if isinstance(recipe, Update | Finetune) and recipe.lora:
         return weights + 16 * shape.lora_parameters(recipe.lora.rank)

@@ -12,6 +12,7 @@ from portllm.errors import SpecError
 from portllm.study import recipes as r
 from portllm.study.complaints import did_you_mean
 from portllm.study.conversion import layout_of, lora_recipe, optimization, text_recipe
+from portllm.study.estimate import cost
 from portllm.study.facts import Facts, Given, TaskFacts
 from portllm.study.keys import step_key
 from portllm.study.resources import Layout
@@ -51,9 +52,10 @@ class _Planner:
         for name, lineage in self.study.lineages.items():
             for seed in lineage.seeds:
                 self._lineage(name, seed)
+        priced = {key: replace(step, cost=cost(step, self.facts, self.steps)) for key, step in self.steps.items()}
         return Plan(
             self.study.name,
-            self.steps,
+            priced,
             tuple(self.cells),
             self.givens,
             tuple(self.diagnoses),

@@ -26,6 +26,9 @@ class Layout:
     checkpoint_s: float = 120
     """A training's state is kept at most so often, in seconds."""
 
+    peak_flops: float | None = None
+    """FLOP/s of one worker's device, for its utilisation. None: its matrix products are measured."""
+
     @property
     def budget(self) -> int:
         """Tokens of a forward pass: what is set, or a default that keeps Gemma 3 270M in 4 GB on a CPU."""

@@ -314,6 +314,8 @@ class StageResources(Strict):
     offload: bool = False
     checkpoint_s: Rate = 120
     """Seconds between two checkpoints of a training, at least."""
+    peak_flops: Rate | None = None
+    """FLOP/s of a worker's device, as its maker gives it; default: its matrix products are measured."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "StageResources":

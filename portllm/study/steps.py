@@ -10,6 +10,21 @@ from portllm.study.resources import Layout
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of one step, or of many."""
+
+    device_s: float = 0.0
+    """Device seconds: wall times workers."""
+    memory: int = 0
+    """Bytes of one worker."""
+    disk: int = 0
+    """Bytes published."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.device_s + other.device_s, max(self.memory, other.memory), self.disk + other.disk)
+
+
+@dataclass(frozen=True)
 class Step:
     """A unit of planned work."""
 
@@ -22,6 +37,8 @@ class Step:
     layout: Layout = field(default_factory=Layout)
     coordinates: Mapping[str, Any] = field(default_factory=dict)
     """Where the study first asked for it: names only."""
+    cost: Cost = Cost()
+    """What it is expected to cost."""
 
     def payload(self) -> dict[str, Any]:
         """What the key is the hash of."""

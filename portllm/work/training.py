@@ -33,7 +33,9 @@ from portllm.work.batches import Arrays, Batch, Sequences, collate, micro_batche
 from portllm.work.checkpoints import Checkpoints
 from portllm.work.context import RunContext, Summary
 from portllm.work.deepspeed_config import Trains, deepspeed_config
+from portllm.work.ledger import Meter
 from portllm.work.loss import SummedLoss, head_blocks, silence_dropout, vocabulary
+from portllm.work.points import Point
 
 
 def train(
@@ -53,6 +55,7 @@ def train(
     """
     config = deepspeed_config(optimization, run.layout, run.world, trains)
     prepare(run, optimization.seed)
+    meter = Meter(run)
     model.train()
     silence_dropout(model)
     if run.layout.gradient_checkpointing:
@@ -64,7 +67,8 @@ def train(
         for batch in batches[len(loop.points) :]:
             loop.step(batch)
             loop.keep()
-        ledger = measured(engine, loop.points, loop.seconds, run) | loop.about()
+        targets = sum(int(data.targets[batch].sum()) for batch in batches)
+        ledger = meter.read(engine, loop.points, loop.seconds, targets) | loop.about()
         values = masters(engine, keep)
     finally:
         loop.end()
@@ -79,7 +83,6 @@ def prepare(run: RunContext, seed: int) -> None:
     seed_everything(seed)
     torch.set_num_threads(run.layout.threads)
     join_group(run)
-    reset_peaks(run)
 
 
 def seed_everything(seed: int) -> None:
@@ -158,29 +161,6 @@ def settle(module: nn.Module, values: list[Tensor]) -> None:
 
 EXPLODED = 4.0
 """A loss so many times that of a uniform guess, and of the first step, has left for good."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One optimizer step of the training curve."""
-
-    step: int
-    loss: float
-    """Mean over the global batch's targets, before the step."""
-    learning_rate: float
-    grad_norm: float
-    """Before clipping."""
-    tokens: int
-    seconds: float
-
-    def values(self) -> dict[str, float]:
-        rate = self.tokens / max(self.seconds, 1e-9)
-        return {
-            "loss": self.loss,
-            "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm,
-            "tokens_per_s": round(rate, 1),
-        }
 
 
 @dataclass
@@ -320,50 +300,6 @@ def gradient_norm(engine: Any) -> float | None:
     if engine.zero_optimization_stage() > 0 or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-
-
-# -------------------------------------------------------------------------------------------------------------- ledger
-
-
-def measured(engine: Any, points: list[Point], wall: float, run: RunContext) -> Summary:
-    """The ledger of a training, from the engine itself where it knows."""
-    import deepspeed
-
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    tokens = sum(p.tokens for p in points)
-    return {
-        "trainable_parameters": sum(n for n, moves in sizes if moves),
-        "total_parameters": sum(n for n, _ in sizes),
-        "tokens": tokens,
-        "steps": len(points),
-        "loss_first": points[0].loss,
-        "loss_last": points[-1].loss,
-        "train_s": round(wall, 3),
-        "tokens_per_s": round(tokens / max(wall, 1e-9), 1),
-        **peaks(run),
-        "zero": int(engine.zero_optimization_stage()),
-        "world": run.world,
-        "deepspeed": deepspeed.__version__,
-        "micro_tokens": run.layout.budget,
-    }
-
-
-def reset_peaks(run: RunContext) -> None:
-    """Starts the peaks anew: a warm worker's own would be that of its largest step so far."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        run.log("peak_rss_bytes counts from the start of the process: /proc/self/clear_refs cannot be written here")
-    if run.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peaks(run: RunContext) -> dict[str, int | None]:
-    """Largest resident and device memory since `reset_peaks`, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    device = None if run.device == "cpu" else torch.cuda.max_memory_allocated()
-    return {"peak_rss_bytes": resident, "peak_device_bytes": device}
 
 
 def write_logs(out: Path, points: list[Point], documents: list[list[int | str]], run: RunContext) -> None:

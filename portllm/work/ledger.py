@@ -1,0 +1,135 @@
+"""What a training cost: time, tokens, arithmetic, memory, energy. What the engine knows is read from the engine."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portllm.work.context import RunContext, Summary
+from portllm.work.points import Point
+
+_peaks: dict[tuple[str, str, int], float] = {}
+"""Measured FLOP/s of this process by device, dtype and threads."""
+
+
+class Meter:
+    """Starts the counters of a training, and reads them at its end."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+        _reset_peaks(run)
+        self.energy = _energy(run)
+
+    def read(self, engine: Any, points: Sequence[Point], seconds: float, targets: int) -> Summary:
+        """The ledger. `seconds`: wall time in all attempts; `targets`: positions whose logits were needed."""
+        tokens = sum(point.tokens for point in points)
+        arithmetic = flops(engine.module.model, tokens, targets)
+        peak = self.run.layout.peak_flops or measured_peak(self.run, engine)
+        spent = seconds * self.run.world
+        return {
+            **_parameters(engine.module),
+            "tokens": tokens,
+            "steps": len(points),
+            "loss_first": points[0].loss,
+            "loss_last": points[-1].loss,
+            "train_s": round(seconds, 3),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "flops": arithmetic,
+            "peak_flops": peak,
+            "utilisation": round(arithmetic / max(spent * peak, 1e-9), 4),
+            "energy_j": self._joules(),
+            **_memory(self.run),
+            **_settings(engine, self.run),
+        }
+
+    def _joules(self) -> float | None:
+        now = _energy(self.run)
+        return None if now is None or self.energy is None else round(now - self.energy, 1)
+
+
+def flops(model: Any, tokens: int, targets: int) -> float:
+    """Floating-point operations that the model itself asks for, without what is computed twice.
+
+    Per token 2 for each weight forward, 2 for the gradient of its input, 2 more where the weight is trained; the head
+    at the targets only; nothing for looking up an embedding. Attention's own products are left out: below 5 % at the
+    lengths of the tasks.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    outside = {id(p) for module in (embedding, head) if module is not None for p in module.parameters()}
+    body = sum(_per_use(p) for p in model.parameters() if id(p) not in outside and p.dim() > 1)
+    return float(tokens * body + targets * sum(_per_use(p) for p in head.parameters()))
+
+
+def _per_use(parameter: Any) -> int:
+    count = getattr(parameter, "ds_numel", parameter.numel())
+    return int(count) * (6 if parameter.requires_grad else 4)
+
+
+def measured_peak(run: RunContext, engine: Any) -> float:
+    """FLOP/s of one worker's matrix products in the training's dtype; measured once in a process (0.1 s)."""
+    dtype = next(engine.module.parameters()).dtype
+    key = (run.device, str(dtype), run.layout.threads)
+    if key not in _peaks:
+        size = 1024 if run.device == "cpu" else 8192
+        left, right = torch.randn(2, size, size, device=run.device).to(dtype)
+        _peaks[key] = 2.0 * size**3 / min(_seconds(left, right, run) for _ in range(4))
+    return _peaks[key]
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor, run: RunContext) -> float:
+    begun = time.perf_counter()
+    torch.mm(left, right)
+    if run.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _parameters(module: Any) -> Summary:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    return {"trainable_parameters": sum(n for n, moves in sizes if moves), "total_parameters": sum(n for n, _ in sizes)}
+
+
+def _settings(engine: Any, run: RunContext) -> Summary:
+    import deepspeed
+
+    return {
+        "zero": int(engine.zero_optimization_stage()),
+        "world": run.world,
+        "micro_tokens": run.layout.budget,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def _reset_peaks(run: RunContext) -> None:
+    """Starts the peaks anew: a warm worker's own would be that of its largest step so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        run.log("peak_rss_bytes counts from the start of the process: /proc/self/clear_refs cannot be written here")
+    if run.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _memory(run: RunContext) -> dict[str, int | None]:
+    """Largest resident and device memory since the meter started, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    device = None if run.device == "cpu" else torch.cuda.max_memory_allocated()
+    return {"peak_rss_bytes": resident, "peak_device_bytes": device}
+
+
+def _energy(run: RunContext) -> float | None:
+    """Joules that this worker's GPU has drawn since its driver was loaded (NVML); None where nothing counts them."""
+    if run.device == "cpu":
+        return None
+    with suppress(Exception):  # pynvml raises its own kinds: no library, no permission, a card without the counter
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+    return None
