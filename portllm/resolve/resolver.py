@@ -15,6 +15,7 @@ from portllm.resolve.corpora import corpus_facts, screened
 from portllm.resolve.digests import DigestCache, cache_directory, stat_signature, write_cache
 from portllm.resolve.lock import apply_lock, hub_ids, lock_path, read_lock
 from portllm.resolve.models import model_facts, patch_facts, pinned, version_facts
+from portllm.resolve.own_deepspeed import own_configurations
 from portllm.resolve.source import Sources
 from portllm.study.conversion import with_members
 from portllm.study.facts import CorpusFacts, Facts, ModelFacts, PatchFacts, TaskFacts, from_json, to_json
@@ -66,6 +67,7 @@ def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
         patches=patches,
         versions=versions,
         groups=groups,
+        deepspeed=own_configurations(study, sources),
         unpinned=tuple(unpinned(study, tasks)),
         notes=tuple(_notes(corpora)),
     )

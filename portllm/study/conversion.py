@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from portllm.errors import SpecError
 from portllm.study import recipes as r
+from portllm.study.facts import Facts
+from portllm.study.own_deepspeed import laid_over
 from portllm.study.resources import Layout
 from portllm.study.spec import Corpus, Optimizer, StageResources, Study
 
@@ -43,8 +45,17 @@ def lora_recipe(rank: int, alpha: float | None, targets: str | list[str]) -> r.L
     return r.Lora(rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=named)
 
 
-def layout_of(resources: StageResources) -> Layout:
-    return Layout(**resources.model_dump())
+def layout_of(stage: str, study: Study, facts: Facts, lora: bool = False) -> Layout:
+    """Resources of a stage, with the user's own DeepSpeed configuration."""
+    resources: StageResources = getattr(study.resources, stage)
+    layout = Layout(**resources.model_dump(exclude={"deepspeed"}))
+    if stage not in facts.deepspeed:
+        return layout
+    where = f"resources.{stage}.deepspeed: {resources.deepspeed}"
+    layout = laid_over(layout, facts.deepspeed[stage], where)
+    if lora and layout.zero == 3:
+        raise SpecError(f"{where}: ZeRO-3 with LoRA can save empty adapters; use stage 2")
+    return layout
 
 
 def with_members(study: Study, groups: Mapping[str, Sequence[str]]) -> Study:

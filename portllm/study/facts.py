@@ -113,6 +113,8 @@ class Facts:
     """Given versions, by (lineage, position in its updates)."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tasks behind each group or tag that the study names."""
+    deepspeed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """DeepSpeed configurations of the user's own, by stage."""
     unpinned: tuple[str, ...] = ()
     """Hub ids without a commit: the plan has no keys, and `run` refuses it."""
     notes: tuple[str, ...] = ()
@@ -146,6 +148,7 @@ def from_json(data: Mapping[str, Any]) -> Facts:
         patches={_pair(k): PatchFacts(**{**v, "root": Given(**v["root"])}) for k, v in data["patches"].items()},
         versions={_pair(k): _model(v) for k, v in data["versions"].items()},
         groups={name: tuple(members) for name, members in data["groups"].items()},
+        deepspeed=data["deepspeed"],
         unpinned=tuple(data["unpinned"]),
         notes=tuple(data["notes"]),
     )

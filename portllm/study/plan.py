@@ -211,7 +211,7 @@ class _Planner:
             recipe, inputs = self._init(model.init, facts.storage)
         elif facts.source is not None:
             inputs = {"source": self._give(facts.source)}
-        layout = layout_of(self.study.resources.base)
+        layout = layout_of("base", self.study, self.facts)
         key = self._add("base", recipe, inputs, f"base {name}", layout, model=name)
         return Version(0, key, tokenizer=key, facts=facts)
 
@@ -267,7 +267,7 @@ class _Planner:
             recipe,
             inputs,
             "update " + self._name(lineage, replace(version, t=t), seed),
-            layout_of(self.study.resources.update),
+            layout_of("update", self.study, self.facts, lora is not None),
             lineage=lineage,
             t=t,
             update_seed=seed,
@@ -381,7 +381,7 @@ class _Planner:
             recipe,
             inputs,
             f"{'warm' if start else 'finetune'} {label}",
-            layout_of(self.study.resources.finetune),
+            layout_of("finetune", self.study, self.facts, lora=True),
             model=self.study.lineages[lineage].model,
             lineage=lineage,
             t=version.t,
@@ -409,7 +409,7 @@ class _Planner:
             recipe,
             inputs,
             f"evaluate {label}",
-            layout_of(self.study.resources.evaluate),
+            layout_of("evaluate", self.study, self.facts),
             model=model,
             task=task.task,
         )

@@ -1,6 +1,8 @@
 """Resources: where and how a step runs. Never hashed; they may move rounding only, and a test bounds it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 
@@ -26,6 +28,8 @@ class Layout:
     checkpoint_s: float = 120
     """A training's state is kept at most so often, in seconds."""
 
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own resource settings, laid over ours."""
     peak_flops: float | None = None
     """FLOP/s of one worker's device, for its utilisation. None: its matrix products are measured."""
 

@@ -314,6 +314,8 @@ class StageResources(Strict):
     offload: bool = False
     checkpoint_s: Rate = 120
     """Seconds between two checkpoints of a training, at least."""
+    deepspeed: Text | None = None
+    """A DeepSpeed configuration (JSON) of your own: its resource fields only."""
     peak_flops: Rate | None = None
     """FLOP/s of a worker's device, as its maker gives it; default: its matrix products are measured."""
 
@@ -334,6 +336,8 @@ class Resources(Strict):
 
     @model_validator(mode="after")
     def _evaluators_are_single(self) -> "Resources":
+        if self.evaluate.deepspeed:
+            raise ValueError("evaluate: deepspeed is for trainings")
         if self.evaluate.workers != 1 or self.base.workers != 1:
             raise ValueError("workers is for update and finetune; evaluators are as many as the cluster holds")
         return self

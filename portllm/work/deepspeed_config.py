@@ -22,7 +22,8 @@ BUCKET = 2**24
 def deepspeed_config(optimization: Optimization, layout: Layout, world: int, trains: Trains) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. Raises SpecError for a combination that cannot work."""
     stage = zero_stage(layout, world, trains)
-    return {
+    own = {name: value for name, value in layout.deepspeed.items() if name != "zero_optimization"}
+    return own | {
         # The loop itself says which pass is a step's last: DeepSpeed's own count must be 1.
         "train_micro_batch_size_per_gpu": ceil(optimization.batch / world),
         "gradient_accumulation_steps": 1,
@@ -55,7 +56,7 @@ def zero(stage: int, layout: Layout) -> dict[str, Any]:
         section |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if layout.offload:
         section |= {"offload_optimizer": {"device": "cpu"}}
-    return section
+    return section | layout.deepspeed.get("zero_optimization", {}) | {"stage": stage}
 
 
 def precision(dtype: str, stage: int) -> dict[str, Any]:

@@ -235,3 +235,12 @@ def test_ten_thousand_cells_plan_in_seconds():
     found = make_plan(asked, facts(tasks))
     assert len(found.cells) > 10_000
     assert time.process_time() - begin < 5, "a plan is a second's work; five leaves room for a slow machine"
+
+
+def test_a_deepspeed_configuration_of_the_user_s_own_is_in_the_layout_and_in_no_key():
+    own = {"finetune": {"zero_optimization": {"stage": 2, "overlap_comm": True}}}
+    found = plan("resources.finetune.deepspeed=ds.json", deepspeed=own)
+    assert {s.layout.zero for s in found.steps.values() if s.stage == "finetune"} == {2}
+    assert found.steps.keys() == plan().steps.keys()
+    with pytest.raises(SpecError, match=r"deepspeed: ds.json: ZeRO-3 with LoRA"):
+        plan("resources.finetune.deepspeed=ds.json", deepspeed={"finetune": {"zero_optimization": {"stage": 3}}})
