@@ -83,7 +83,8 @@ def documents(case: dict[str, Any], where: Path) -> list[dict[str, Any]]:
     tokens, offsets = np.load(where / "corpus" / "tokens.npy", mmap_mode="r"), np.load(where / "corpus" / "offsets.npy")
     end = int(np.searchsorted(offsets, case["steps"] * case["batch"] * case["length"], side="right"))
     rows = [
-        tokens[a:b].astype(np.int64)[: case["length"]].tolist() for a, b in zip(offsets, offsets[1:end], strict=False)
+        tokens[a:b].astype(np.int64)[: case["length"]].tolist()
+        for a, b in zip(offsets[: end - 1], offsets[1:end], strict=True)
     ]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
