@@ -161,6 +161,19 @@ def padded(case: dict[str, Any], root: Path, where: Path, out: Path) -> float:
     return float(ledger["tokens_per_s"])
 
 
+def starting(case: dict[str, Any], root: Path, where: Path, out: Path) -> float:
+    """Seconds that a warm process's second training takes before and after its optimizer steps."""
+    from portllm.work.finetune import finetune
+
+    run, seconds = context(where), 0.0
+    for name in ("first", "second"):
+        (out / name).mkdir()
+        begun = time.perf_counter()
+        ledger = finetune(recipe(case), {"root": root, "examples": where / "examples"}, out / name, run)
+        seconds = time.perf_counter() - begun - ledger["train_s"]
+    return seconds
+
+
 WAYS: dict[str, Callable[..., float]] = {
     "portllm": ours, "Trainer": trainer, "Trainer, DeepSpeed": with_deepspeed, "portllm, padded": padded,
 }  # fmt: skip
@@ -177,7 +190,7 @@ def measured(way: str, case: dict[str, Any], root: Path, where: Path) -> float:
 
 
 def _child(way: str, case: dict[str, Any], root: Path, where: Path, out: Path) -> None:
-    speed = WAYS[way](case, root, where, out)
+    speed = (WAYS | {"start": starting})[way](case, root, where, out)
     (out / "speed.json").write_text(json.dumps(speed))
 
 
@@ -229,6 +242,11 @@ def main() -> None:
             best = np.nanmax([speed["Trainer"], speed["Trainer, DeepSpeed"]])
             columns = " | ".join(f"{speed.get(way, float('nan')):.0f}" for way in WAYS)
             print(f"| {name} | {columns} | {speed['portllm'] / best:.2f} |", flush=True)
+        print("\n| second training of a warm process | seconds besides its steps |\n|---|---|")
+        for name, root in roots.items():
+            case = {"kind": "finetune", "method": "lora", "steps": 2, "batch": 4, "dtype": "float32"}
+            found = [measured("start", case, root, Path(folder) / name) for _ in range(arguments.rounds)]
+            print(f"| {name} | {statistics.median(found):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
