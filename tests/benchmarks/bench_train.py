@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,7 @@ def documents(case: dict[str, Any], where: Path) -> list[dict[str, Any]]:
         return [{"input_ids": ids.tolist(), "labels": [-100] * first + ids[first:].tolist()} for ids, first in rows]
     tokens, offsets = np.load(where / "corpus" / "tokens.npy", mmap_mode="r"), np.load(where / "corpus" / "offsets.npy")
     end = int(np.searchsorted(offsets, case["steps"] * case["batch"] * case["length"], side="right"))
-    rows = [
-        tokens[a:b].astype(np.int64)[: case["length"]].tolist()
-        for a, b in zip(offsets[: end - 1], offsets[1:end], strict=True)
-    ]
+    rows = [tokens[a:b].astype(np.int64)[: case["length"]].tolist() for a, b in pairwise(offsets[:end])]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 

@@ -46,22 +46,23 @@ class Found:
         return self.other == 0 and self.metrics and self.ties <= self.documents / 1000 and self.largest <= WITHIN
 
 
-def random_models(root: Path) -> Iterator[tuple[str, Path]]:
-    """Tiny random models of several families with home-12M's tokenizer."""
-    home = DATA / "models" / "home-12M"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(home)
-    size = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    configs = {
+def random_configs(words: int, **ends: int | None) -> dict[str, Any]:
+    """Several families at toy size, by name."""
+    size = {"vocab_size": words, **ends}
+    return {
         "random Mistral": transformers.MistralConfig(**SHAPE, **size, sliding_window=256),
         "random Llama": transformers.LlamaConfig(**SHAPE, **size),
         "random Gemma 2": transformers.Gemma2Config(**SHAPE, **size, sliding_window=256),
         "random GPT-2": transformers.GPT2Config(**size, n_embd=64, n_layer=3, n_head=4, n_positions=1024),
     }
-    for name, config in configs.items():
+
+
+def models(root: Path) -> Iterator[tuple[str, Path]]:
+    """The small real models, and random ones with home-12M's tokenizer, made below `root`."""
+    yield from ((name, DATA / "models" / name) for name in ("stories260K", "home-12M"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "models" / "home-12M")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for name, config in random_configs(len(tokenizer), **ends).items():
         torch.manual_seed(0)
         where = root / name.replace(" ", "-")
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(where)
@@ -116,8 +117,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     holds = True
     with tempfile.TemporaryDirectory() as folder:
-        named = [(name, DATA / "models" / name) for name in ("stories260K", "home-12M")]
-        named += [*random_models(Path(folder)), *([("Gemma 3 270M", arguments.gemma)] if arguments.gemma else [])]
+        named = [*models(Path(folder)), *([("Gemma 3 270M", arguments.gemma)] if arguments.gemma else [])]
         for name, model in named:
             limit = 500 if name.startswith("Gemma 3") else arguments.limit
             cases = [(task, limit, None) for task in CHOICES] + [("gsm8k", min(200, limit or 200), n) for n in (0, 5)]

@@ -1,0 +1,40 @@
+"""100 documents of every real task beside lm-eval's HFLM in fp32; `make parity` compares whole validation sets."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import parity
+
+pytestmark = pytest.mark.real
+
+MODELS = ("stories260K", "home-12M", *parity.random_configs(8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return dict(parity.models(tmp_path_factory.mktemp("models")))
+
+
+@pytest.mark.parametrize("task", parity.CHOICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_choices_and_metrics_are_those_of_hflm(model: str, task: str, models: dict[str, Path]) -> None:
+    found = parity.compare(models[model], task, 100, None)
+    assert found.documents == (71 if task == "wnli" else 100)
+    assert found.metrics and found.other == 0 and found.largest <= parity.WITHIN
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+@pytest.mark.parametrize("model", ["home-12M", "random Gemma 2"])
+def test_generated_texts_are_those_of_hflm(model: str, shots: int, models: dict[str, Path]) -> None:
+    found = parity.compare(models[model], "gsm8k", 8, shots)
+    assert (found.documents, found.other, found.metrics) == (8, 0, True)
