@@ -28,8 +28,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 """torch's dtype by safetensors' name."""
-BLOCK = 1 << 16
-"""Elements that are scaled, added and rounded at once: their fp32 copies fit a core's cache."""
+BLOCK = 1 << 18
+"""Elements that are scaled, added and rounded at once: their fp32 copies stay in the cache (2^16: 2.4 s for a patch on
+all linear layers of 1.1B parameters, 2^17 to 2^20: 1.7 to 1.9 s)."""
 
 
 class Workspace:
