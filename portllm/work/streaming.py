@@ -18,8 +18,8 @@ from pathlib import Path
 COPY = 1 << 25
 """Bytes of one copying piece: small enough for the threads to share the end of a file."""
 WRITE = 1 << 18
-"""Bytes of one write. Of a larger one ext4 asks for as large blocks of memory, which may have to be made first: 2.2 GB
-took 0.5 s in writes of 64 or 256 KB, 1.7 s of 1 MB, 3.2 s of 4 MB and 6.8 s of 23 MB (Linux 6.18, a virtual machine)."""
+"""Bytes of one write. Of a larger one ext4 asks for memory in blocks as large, which may have to be made first: 2.2 GB
+took 0.5 s in writes of 64 or 256 KB, 1.7 s of 1 MB, 3.2 s of 4 MB, 6.8 s of 23 MB (Linux 6.18, a virtual machine)."""
 Progress = Callable[[int], None]
 """Called with the bytes that were written since the last call, from any thread."""
 
