@@ -1,6 +1,7 @@
 # make env         the environment, in .venv (about 2 minutes on 2 cores; instant when nothing changed)
 # make quickstart  env, then the whole job on embedded defaults, offline: results table and report
 # make test        env, lint, types, tests (what CI runs)
+# make test-long  the tests that take minutes each
 # make bench-apply patches applied by copying, by portllm and by PEFT, side by side (7 GB of disk, minutes)
 # make bench-score requests scored by this tool and by lm-eval's HFLM, side by side (GEMMA_DIR=… adds Gemma; half an hour)
 # make bench-train trainings by this tool and by transformers.Trainer, side by side (GEMMA_DIR=… adds Gemma; half an hour)
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help env quickstart test lint types unit gemma bench-apply bench-score bench-train parity clean
+.PHONY: help env quickstart test test-long lint types unit gemma bench-apply bench-score bench-train parity clean
 
 VENV ?= .venv
 # More options for every pip install, e.g. another index for a CPU or CUDA build of torch.
@@ -142,6 +143,9 @@ test: env lint
 	$(PY) -m pytest $(addprefix --ignore=,$(CLUSTERS))
 	wait $$clusters || { cat $$log; exit 1; }
 	tail -n 20 $$log
+
+test-long: env
+	@$(PY) -m pytest -m long
 
 lint: env
 	@$(VENV)/bin/ruff check .

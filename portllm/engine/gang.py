@@ -13,6 +13,7 @@ import ray
 
 from portllm.engine.execute import Job, Outcome, attempted, perform
 from portllm.engine.preemption import listen
+from portllm.errors import EngineError, PortllmError
 from portllm.store.store import Store
 from portllm.work.context import Summary
 
@@ -110,9 +111,20 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
+class WorkerDied(EngineError):
+    """A rank's process ended: nothing about the step."""
+
+
 def _cause(error: BaseException) -> BaseException:
-    """The first rank's own error inside Ray Train's."""
+    """The ranks' own error inside Ray Train's. Where one died, the others' broken connections tell nothing."""
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        return getattr(failure, "cause", None) or failure
-    return error.__cause__ if error.__cause__ is not None and not failures else error
+    causes = [_inner(failure) for failure in failures.values()]
+    told = next((cause for cause in causes if isinstance(cause, PortllmError)), None)
+    died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
+    if told is None and died is not None:
+        return WorkerDied(f"a rank of the training died: {str(died).splitlines()[0]}")
+    return told or (causes[0] if causes else error.__cause__ or error)
+
+
+def _inner(failure: BaseException) -> BaseException:
+    return getattr(failure, "cause", None) or getattr(failure, "health_check_failure", None) or failure
