@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _end(error.format_message(), 2)
         raise
     if code == 130:
-        print("stopped; what was published is kept, the same command goes on from there", file=sys.stderr)
+        print("stopped; what was published is kept, and the same command goes on, or begins again", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -302,6 +302,8 @@ def verify(
     if study.is_dir():
         _verify_patch(study)
         return
+    if not study.exists():
+        raise SpecError(f"{study}: no such study file or patch directory")
     asked, _, planned = _planned(study, override)
     kept = _store(asked, study, store)
     published = [s for s in planned.steps.values() if kept.has(s.stage, s.key)]

@@ -80,6 +80,8 @@ def combine(
     from portllm.work.changes import Blend
 
     patches = _paired(patch, scale or [])
+    if method == "linear" and density != 0.2:
+        raise SpecError("--density: of ties and dare: give --method, or leave it out")
     blend = None if method == "linear" else Blend(method, density, seed)
     if model is not None:
         from portllm.work.source import Terms
@@ -155,6 +157,9 @@ def diagnose(
     other: Annotated[
         Path | None, typer.Option("--other", metavar="DIR", help="Another patch Δθ', for the residual.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the output, for what rounding loses; default: the model's.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a patch will do, without running anything: norms, ranks, what rounding loses, overlap, residuals."""
@@ -165,8 +170,12 @@ def diagnose(
         raise SpecError("--base: the update from θ₀ needs the version θₜ as well: give --model")
     from portllm.work.source import Source
 
+    if dtype is not None and (model is None or dtype not in ("float32", "bfloat16", "float16")):
+        raise SpecError(f"--dtype: {dtype!r}: give float32, bfloat16 or float16, and --model")
+    import torch
+
     version, zero = (Source.read(path, []) if path else None for path in (model, base))
-    found = diagnose_patch(patch, version, zero, other)
+    found = diagnose_patch(patch, version, zero, other, getattr(torch, dtype) if dtype else None)
     print_json([found]) if json else print(diagnose_text(found))
 
 

@@ -92,18 +92,11 @@ def _raw_header(file: Path) -> tuple[bytes, int, int]:
 
 
 def _parse(file: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ResolveError(f"{file}: the header holds `{twice}` twice; the file is damaged")
-        return result
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
         json.dumps(header, ensure_ascii=False).encode()  # a lone surrogate is JSON, but no text
-    except ResolveError:
-        raise
+    except _TwiceError as error:
+        raise ResolveError(f"{file}: the header holds {error}; the file is damaged") from None
     except (ValueError, RecursionError) as error:
         raise ResolveError(f"{file}: the header is not JSON ({error}); the file is damaged") from error
     if not isinstance(header, dict):
@@ -222,12 +215,25 @@ def _why_no_weights(directory: Path) -> str:
     return f"{directory}: a model directory without weights (neither {SINGLE} nor {INDEX})"
 
 
+class _TwiceError(ValueError):
+    """A name that stands twice in a JSON object has no one meaning."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _TwiceError(f"`{Counter(name for name, _ in pairs).most_common(1)[0][0]}` twice")
+    return found
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except OSError as error:
         raise ResolveError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except _TwiceError as error:
+        raise ResolveError(f"{file}: holds {error}; it is damaged") from None
     except (ValueError, RecursionError) as error:
         raise ResolveError(f"{file}: is not JSON ({error})") from error
     if not isinstance(value, dict):

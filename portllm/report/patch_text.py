@@ -58,14 +58,17 @@ _TOTAL = {
     "absorbed": "weights that rounding leaves as they were",
     "update": "‖θₜ − θ₀‖ / ‖θ₀‖",
     "residual": "‖Δθ' − Δθ‖",
+    "residual_spectral": "largest singular value of Δθ' − Δθ",
     "residual_of_patch": "‖Δθ' − Δθ‖ / ‖Δθ‖",
     "residual_of_patched": "‖Δθ' − Δθ‖ / ‖θₜ + Δθ‖",
+    "angles_out": "degrees between the outputs of both, mean",
+    "angles_in": "degrees between the inputs of both, mean",
     "overlap_out": "share of the update in Δθ's outputs",
     "overlap_in": "share of the update in Δθ's inputs",
 }
 _COLUMNS = {
     "frobenius": "‖ΔW‖", "spectral": "σ₁", "effective_rank": "eff.rank", "relative": "‖ΔW‖/‖W‖", "lost": "lost",
-    "absorbed": "absorbed", "overlap_out": "in update", "overlap_in": "in upd.ᵀ",
+    "absorbed": "absorbed", "update_relative": "‖θₜ−θ₀‖/‖θ₀‖", "overlap_out": "in update", "overlap_in": "in upd.ᵀ",
 }  # fmt: skip
 
 
@@ -76,9 +79,9 @@ def diagnose_text(found: Numbers) -> str:
     for module, numbers in found["modules"].items():
         kinds[module.rpartition(".")[2]].append(numbers)
     names = [name for name in _COLUMNS if all(name in numbers for numbers in found["modules"].values())]
-    lines += ["", f"{'mean over layers':<18}" + "".join(f"{_COLUMNS[name]:>11}" for name in names)]
+    lines += ["", f"{'mean over layers':<18}" + "".join(f"{_COLUMNS[name]:>13}" for name in names)]
     for kind, members in kinds.items():
-        lines.append(f"{kind:<18}" + "".join(f"{_number(_mean(members, name)):>11}" for name in names))
+        lines.append(f"{kind:<18}" + "".join(f"{_number(_mean(members, name)):>13}" for name in names))
     return "\n".join(lines)
 
 

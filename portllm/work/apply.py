@@ -106,7 +106,7 @@ def atomic_apply(
 
     Beside the weights lies what they were made of (`provenance.json`).
     """
-    with published(out, force) as private:
+    with published(out, force, [model, *terms.deltas, *(path for path, _ in patches)]) as private:
         summary = apply(model, patches, private, dtype, how, terms)
         write_json(private / PROVENANCE, of_model(model, patches, dtype, terms))
         return summary

@@ -53,7 +53,7 @@ def check(model: Path, patch: Path) -> Verdict:
         Finding("mismatch", m.module, m.reason) for m in check_fits(adapter, tensors, ties_embeddings(config, tensors))
     ]
     fits = not findings
-    findings += _factors(adapter)
+    findings += _factors(adapter, storage_dtype(tensors))
     findings += _copies(adapter, tensors) if fits else []
     findings += _origin(adapter, model, patch)
     findings += _lineage(model, patch) if fits else []
@@ -67,19 +67,27 @@ def check(model: Path, patch: Path) -> Verdict:
     )
 
 
-def _factors(adapter: Adapter) -> Iterator[Finding]:
+def _factors(adapter: Adapter, storage: str) -> Iterator[Finding]:
     """Values: finite, and not all zero in B (then the patch was never trained)."""
     import torch
+
+    dtype = getattr(torch, storage)
 
     from portllm.work.patches import read_tensor
 
     idle = []
     for module, target in adapter.targets.items():
-        A_RI, B_OR = read_tensor(target.A_RI), read_tensor(target.B_OR)
-        if not (torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
+        A_RI, B_OR = read_tensor(target.A_RI).float(), read_tensor(target.B_OR).float()
+        others = [read_tensor(entry) for entry in (target.magnitude, target.bias) if entry is not None]
+        if not all(torch.isfinite(part).all() for part in (A_RI, B_OR, *others)):
             yield Finding("mismatch", module, "its factors hold NaN or infinity; the patch is damaged")
         elif not B_OR.any():
             idle.append(module)
+        elif not torch.isfinite((B_OR.abs().max() * A_RI.abs().max() * target.rank * abs(target.scale)).to(dtype)):
+            yield Finding("warning", module, f"may overflow {str(dtype).removeprefix('torch.')}: its factors are huge")
+    for name, entry in adapter.replaced.items():
+        if not torch.isfinite(read_tensor(entry)).all():
+            yield Finding("mismatch", name, "holds NaN or infinity; the patch is damaged")
     if idle and len(idle) == len(adapter.targets):
         yield Finding("warning", "lora_B", "is zero everywhere: the patch changes nothing")
     elif idle:
@@ -101,8 +109,13 @@ def _origin(adapter: Adapter, model: Path, patch: Path) -> Iterator[Finding]:
         yield Finding("warning", "base_model_name_or_path", f"names {adapter.base}: another version, or model")
     for name in TOKENIZER_FILES:
         mine, theirs = patch / name, model / name
-        if name in _SAME_TOKENS and mine.is_file() and theirs.is_file() and sha256(mine) != sha256(theirs):
-            yield Finding("mismatch", name, "differs between patch and model: the same text gives other tokens")
+        if name in _SAME_TOKENS and mine.is_file() and theirs.is_file() and _meaning(mine) != _meaning(theirs):
+            yield Finding("warning", name, "differs between patch and model: the same text may give other tokens")
+
+
+def _meaning(file: Path) -> object:
+    """What a tokenizer's file says, however it is laid out."""
+    return read_json(file) if file.suffix == ".json" else sha256(file)
 
 
 def _lineage(model: Path, patch: Path) -> Iterator[Finding]:
@@ -119,7 +132,7 @@ def _lineage(model: Path, patch: Path) -> Iterator[Finding]:
     elif digest in before:
         updates = len(before) - before.index(digest)
         yield Finding("note", "source version", f"is {updates} update{'s' * (updates > 1)} before this one")
-    elif own in source.get("lineage", []):
+    elif own in (after if isinstance(after := source.get("lineage"), list) else []):
         yield Finding("warning", "source version", "is later than this model: the patch would go back in time")
     else:
         yield Finding(

@@ -53,7 +53,7 @@ def combine(
         raise SpecError(f"rank: {rank} is no rank; give 1 or more")
     applied = [(read_adapter(directory), scale) for directory, scale in patches]
     modules = _modules(applied)
-    with published(out, force) as private:
+    with published(out, force, [path for path, _ in patches]) as private:
         made = {name: _combined(name, parts, blend, rank) for name, parts in modules.items()}
         _write(private, applied[0][0], made)
         summary = _summary(made)
@@ -139,17 +139,25 @@ def _write(out: Path, like: Adapter, made: Mapping[str, Combined]) -> None:
 def _tensors(name: str, combined: Combined) -> Iterator[tuple[str, Tensor]]:
     kind = "lora_embedding_{}" if combined.target.embedding else "lora_{}.weight"
     for half, factor in (("A", combined.factors.A_RI), ("B", combined.factors.B_OR)):
-        yield f"base_model.model.{name}.{kind.format(half)}", factor.float().contiguous()
+        stored = factor.float().contiguous()
+        if not torch.isfinite(stored).all():
+            raise ResolveError(f"`{name}`: the combined factors overflow float32: lower the --scale")
+        yield f"base_model.model.{name}.{kind.format(half)}", stored
 
 
 def _summary(made: Mapping[str, Combined]) -> dict[str, Any]:
     error = sum(one.error**2 for one in made.values()) ** 0.5
-    worst = max(made, key=lambda name: made[name].error / max(made[name].norm, 1e-300))
+    worst = max(made, key=lambda name: _relative(made[name].error, made[name].norm))
     return {
         "modules": len(made),
         "rank": max(one.factors.rank for one in made.values()),
         "norm": (norm := sum(one.norm**2 for one in made.values()) ** 0.5),
-        "error": error / max(norm, 1e-300),
+        "error": _relative(error, norm),
         "worst_module": worst,
-        "worst_error": made[worst].error / max(made[worst].norm, 1e-300),
+        "worst_error": _relative(made[worst].error, made[worst].norm),
     }
+
+
+def _relative(error: float, norm: float) -> float:
+    """0 where nothing is left: patches that cancel each other are cut without an error."""
+    return error / norm if norm > 1e-30 else 0.0

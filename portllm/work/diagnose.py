@@ -48,18 +48,24 @@ def angles(first: Tensor, second: Tensor) -> list[float]:
 
 
 def diagnose(
-    patch: Path, version: Source | None = None, base: Source | None = None, other: Path | None = None
-) -> Numbers:
+    patch: Path, version: Source | None = None, base: Source | None = None, other: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> Numbers:  # fmt: skip
     """A patch by itself; against a version θₜ; against that version's update from θ₀; against another patch Δθ'.
 
-    {"modules": {name: numbers}, "total": numbers}. Raises `ResolveError` for what does not fit together.
+    {"modules": {name: numbers}, "total": numbers}. `dtype`: of the output, for what rounding loses; None is the
+    version's own. Raises `ResolveError` for what does not fit together.
     """
     adapter = _adapter(patch, version)
     second = _adapter(other, version) if other else None
     if second and set(second.targets) != set(adapter.targets):
         odd = min(set(second.targets) ^ set(adapter.targets))
         raise ResolveError(f"{other}: `{odd}` is a target of one of the two patches only")
-    modules = {name: _module(adapter, second, name, version, base) for name in adapter.targets}
+    for name, target in adapter.targets.items():
+        if second and (shape := second.targets[name].shape) != target.shape:
+            raise ResolveError(f"{other}: `{name}` is {list(shape)}, in {patch} {list(target.shape)}: not patches of "
+                               "one model")  # fmt: skip
+    modules = {name: _module(adapter, second, name, version, base, dtype) for name in adapter.targets}
     total = _total(modules.values())
     if version and base:
         total["update"] = update_size(version, base)
@@ -118,7 +124,10 @@ def _adapter(patch: Path, version: Source | None) -> Adapter:
     return adapter
 
 
-def _module(adapter: Adapter, other: Adapter | None, name: str, version: Source | None, base: Source | None) -> Numbers:
+def _module(
+    adapter: Adapter, other: Adapter | None, name: str, version: Source | None, base: Source | None,
+    dtype: torch.dtype | None,
+) -> Numbers:  # fmt: skip
     target = adapter.targets[name]
     factors = Factors.of(target)
     U_OR, sigma_R, V_IR = factors.svd()
@@ -126,9 +135,11 @@ def _module(adapter: Adapter, other: Adapter | None, name: str, version: Source 
     W = version.tensor(stored_in(name, version)) if version else None
     W_OI = None if W is None else _turned(W, target)
     if W is not None and W_OI is not None:
-        found |= _against(adapter, name, W, found["frobenius"])
+        found |= _against(adapter, name, W, found["frobenius"], dtype or W.dtype)
         if base:
-            found |= _overlap(W_OI - _turned(_before(name, W, base), target), U_OR, V_IR)
+            W0_OI = _turned(_before(name, W, base), target)
+            found |= _overlap(W_OI - W0_OI, U_OR, V_IR)
+            found["update_relative"] = found["update"] / max(float(W0_OI.norm()), 1e-300)
     if other is not None:
         found |= _residual(factors, (U_OR, V_IR), Factors.of(other.targets[name]), W_OI, found["frobenius"])
     return found
@@ -153,10 +164,10 @@ def _before(module: str, W: Tensor, base: Source) -> Tensor:
     return base.tensor(name)
 
 
-def _against(adapter: Adapter, name: str, W: Tensor, size: float) -> Numbers:
-    """The delta beside the weight, and what the weight's dtype keeps of it."""
+def _against(adapter: Adapter, name: str, W: Tensor, size: float, dtype: torch.dtype) -> Numbers:
+    """The delta beside the weight, and what the output's dtype keeps of it."""
     dW = delta(adapter, name).double()
-    moved = add(W, [Delta(adapter, name)], W.dtype).double() - W.double()
+    moved = add(W, [Delta(adapter, name)], dtype).double() - W.to(dtype).double()
     touched = dW != 0
     norm = float(W.double().norm())
     return {
@@ -211,6 +222,9 @@ def _total(modules: Iterable[Numbers]) -> Numbers:
         total["lost"] = _root_sum(lost, "lost") / max(total["frobenius"], 1e-300)
     if all("residual" in m for m in every):
         total["residual"] = _root_sum([m["residual"] for m in every], "frobenius")
+        total["residual_spectral"] = max(m["residual"]["spectral"] for m in every)
+        for side in ("angles_out", "angles_in"):
+            total[side] = sum(sum(m["residual"][side]) / len(m["residual"][side]) for m in every) / len(every)
         total["residual_of_patch"] = total["residual"] / max(total["frobenius"], 1e-300)
     if all("patched" in m.get("residual", ()) for m in every):
         patched = _root_sum([m["residual"] for m in every], "patched")

@@ -7,6 +7,7 @@ that are used again: fresh memory costs a page fault every 4 KB. R rank, I in, O
 GPT-2's Conv1D.
 """
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,13 +147,25 @@ def add_into(out: Tensor, W: Tensor, changes: Sequence[Change], workspace: Works
     """As `add`, into `out`."""
     if not changes:
         return out.copy_(W)
+    parameter = changes[-1].parameter
     *first, last = changes
     if first:  # the sum so far is kept in fp32
         total = workspace.take("total", W.shape, torch.float32).copy_(W)
         for change in first:
             _change(total, total, change, workspace)
         W = total
-    return _change(out, W, last, workspace)
+    return _require_finite(_change(out, W, last, workspace), parameter)
+
+
+def _require_finite(out: Tensor, parameter: str) -> Tensor:
+    """Blockwise, while it may still be in the cache. Raises `ResolveError` for a NaN or an infinity."""
+    if out.is_floating_point():
+        for part in out.reshape(-1).split(BLOCK) if out.is_contiguous() else (out,):
+            if not math.isfinite(float(part.sum(dtype=torch.float32))) and not torch.isfinite(part).all():
+                kind = str(out.dtype).removeprefix("torch.")
+                raise ResolveError(f"`{parameter}`: holds NaN or infinity once the patch is added: the sum overflows "
+                                   f"{kind}, or the model's own weight is damaged; lower the scale")  # fmt: skip
+    return out
 
 
 def _change(out: Tensor, W: Tensor, change: Change, workspace: Workspace) -> Tensor:

@@ -91,8 +91,9 @@ def seal_patch(out: Path, facts: Mapping[str, Any]) -> None:
 def altered(patch: Path) -> list[str]:
     """Files of a patch that are missing, or differ from the sha256 in its provenance."""
     files = (provenance(patch) or {}).get("files")
-    if not isinstance(files, dict):
-        raise ResolveError(f"{patch}: no {PROVENANCE} with the sha256 of its files; it was not written by portllm")
+    if not isinstance(files, dict) or not files:
+        raise ResolveError(f"{patch}: no {PROVENANCE} with the sha256 of its files: it is no patch that portllm wrote "
+                           "(a model's weights are not hashed)")  # fmt: skip
     return [name for name, digest in sorted(files.items()) if not _intact(patch / Path(name).name, digest)]
 
 

@@ -1,24 +1,28 @@
 """Directories that appear whole or not at all."""
 
+import os
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from portllm.errors import ResolveError
+from portllm.formats.tensors import PROVENANCE
 
 
 @contextmanager
-def published(out: Path, force: bool = False) -> Iterator[Path]:
+def published(out: Path, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A private sibling of `out` that becomes `out` when the block ends, and vanishes when it raises.
 
-    An existing `out` is refused before the block runs, or replaced at its end with `force`.
+    An existing `out` is refused before the block runs; with `force` it is replaced at its end, where it is a directory
+    that this tool wrote and holds none of the `inputs`. What killed processes of this host left beside it is removed.
     """
-    if not force and (out.is_symlink() or out.exists()):
-        raise ResolveError(f"{out}: exists already; --force replaces it")
+    _require_free(out, force, inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    private = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
+    _sweep(out)
+    private = out.parent / f".{out.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
     private.mkdir()
     try:
         yield private
@@ -30,10 +34,33 @@ def published(out: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(private, ignore_errors=True)
 
 
+def _require_free(out: Path, force: bool, inputs: Sequence[Path]) -> None:
+    if not (out.is_symlink() or out.exists()):
+        return
+    if not force:
+        raise ResolveError(f"{out}: exists already; --force replaces it")
+    if held := next((path for path in inputs if path.resolve().is_relative_to(out.resolve())), None):
+        raise ResolveError(f"{out}: --force would remove {held}, which is read: give another directory")
+    if out.is_symlink() or not (out / PROVENANCE).is_file():
+        raise ResolveError(f"{out}: is no directory that portllm wrote (it has no {PROVENANCE}), and --force replaces "
+                           "nothing else: remove it yourself, or give another one")  # fmt: skip
+
+
+def _sweep(out: Path) -> None:
+    """Removes what dead processes left; a directory that one had moved out of the way goes back to its place."""
+    mine = f".{out.name}.{socket.gethostname()}."
+    for left in [path for path in out.parent.iterdir() if path.name.startswith(mine)]:
+        pid, _, kind = left.name.removeprefix(mine).partition(".")
+        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
+            continue
+        if kind.endswith(".replaced") and not out.exists():
+            left.rename(out)
+        elif kind.endswith((".partial", ".replaced")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _replace(private: Path, out: Path) -> None:
-    """Two renames: a kill between them leaves the old model under the private name, never a mixture."""
-    if out.is_symlink() or not out.is_dir():
-        raise ResolveError(f"{out}: is no directory, and --force replaces directories only")
+    """Two renames: a kill between them leaves the old one beside it, never a mixture."""
     old = private.with_suffix(".replaced")
     out.rename(old)
     private.rename(out)

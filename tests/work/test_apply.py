@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,44 @@ def test_an_existing_output_is_replaced_only_by_force(made: Path, tmp_path: Path
     atomic_apply(made / "llama-float32", [(made / "llama-plain", 1.0)], out, force=True)
     assert not (out / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_nothing_that_is_read_or_that_portllm_did_not_write(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    model = shutil.copytree(made / "llama-float32", tmp_path / "home" / "model")
+    patch = shutil.copytree(made / "llama-plain", tmp_path / "patch")
+    (tmp_path / "home" / "provenance.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "home", model):
+        with pytest.raises(ResolveError, match="would remove .*model, which is read"):
+            atomic_apply(model, [(patch, 1.0)], out, force=True)
+    for out in (tmp_path / "link", model / "config.json", tmp_path):
+        with pytest.raises(ResolveError, match="no directory that portllm wrote|which is read"):
+            atomic_apply(made / "llama-float32", [(made / "llama-plain", 1.0)], out, force=True)
+    with pytest.raises(ResolveError, match="which is read"):
+        atomic_apply(model, [(patch, 1.0)], patch, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_killed_processes_left_is_removed_and_what_they_moved_away_comes_back(made: Path, tmp_path: Path) -> None:
+    out, model, dead = tmp_path / "out", made / "llama-float32", f"{socket.gethostname()}.{2**22 + 1}"
+    atomic_apply(model, [], out)
+    out.rename(tmp_path / f".out.{dead}.1a.replaced")
+    (tmp_path / f".out.{dead}.1a.partial").mkdir()
+    (tmp_path / ".out.elsewhere.17.1a.partial").mkdir()
+    (tmp_path / f".out.{socket.gethostname()}.{os.getpid()}.1a.partial").mkdir()
+    with pytest.raises(ResolveError, match="damaged|overflows"):
+        atomic_apply(model, [(made / "llama-plain", 1e39)], out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if dead in path.name) == []
+    assert (out / "model.safetensors").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(None, 1e39), ("float16", 1e6)])
+def test_a_sum_that_overflows_is_refused(made: Path, tmp_path: Path, dtype: str | None, scale: float) -> None:
+    with pytest.raises(ResolveError, match=r"`model.layers.*weight`: holds NaN or infinity .* lower the scale"):
+        atomic_apply(made / "llama-float32", [(made / "llama-plain", scale)], tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_block_that_raises_publishes_nothing(tmp_path: Path) -> None:

@@ -56,14 +56,20 @@ def test_values_are_looked_at(made: Path, tmp_path: Path) -> None:
     bad = changed(made, tmp_path / "bad", lambda name, t: t.fill_(torch.nan) if "q_proj.lora_A" in name else t)
     verdict = check(made / "model", bad)
     assert not verdict.fits and "NaN" in verdict.findings[0].reason
+    huge = changed(made, tmp_path / "huge", lambda name, t: t * 1e30)
+    assert (
+        check(made / "model", huge).fits and "may overflow bfloat16" in check(made / "model", huge).findings[0].reason
+    )
 
 
-def test_a_patch_with_other_tokens_does_not_fit(made: Path, tmp_path: Path) -> None:
+def test_a_patch_with_other_tokens_is_a_warning_and_one_laid_out_otherwise_is_none(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "model", tmp_path / "model")
     patch = changed(made, tmp_path / "patch", lambda name, t: t)
     (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
     (patch / "tokenizer.json").write_text('{"a": 1}')
-    assert check(tmp_path / "model", patch).fits
+    assert check(tmp_path / "model", patch).findings == []
+    (patch / "tokenizer.json").write_text('{ "a":1 }')
+    assert check(tmp_path / "model", patch).findings == []
     (patch / "tokenizer.json").write_text('{"a": 2}')
     assert [f.what for f in check(tmp_path / "model", patch).findings] == ["tokenizer.json"]
 

@@ -158,6 +158,8 @@ def test_what_is_more_than_deltas_or_of_another_model_is_refused(made: Path, tmp
     (tmp_path / "turned" / "adapter_config.json").write_text(json.dumps(wide))
     with pytest.raises(ResolveError, match="not patches of one model"):
         combine([(made / "a", 1.0), (tmp_path / "turned", 1.0)], tmp_path / "out")
+    with pytest.raises(ResolveError, match="overflow float32"):
+        combine([(made / "a", 1e300)], tmp_path / "out")
     with pytest.raises(SpecError, match="rank"):
         combine([(made / "a", 1.0)], tmp_path / "out", rank=0)
     with pytest.raises(SpecError, match="density"):

@@ -1,9 +1,11 @@
 """Foresight: every number is the dense one's, computed without making the dense matrix."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from portllm.errors import ResolveError
 from portllm.formats.adapter import read_adapter, stored_name
@@ -82,6 +84,12 @@ def test_against_a_version_and_its_update(made: Path) -> None:
     assert found["total"]["update"] == pytest.approx(float((flat[0] - flat[1]).norm() / flat[1].norm()), rel=1e-5)
 
 
+def test_what_rounding_loses_is_told_of_the_output_s_dtype(made: Path) -> None:
+    exact = diagnose(made / "p", read(made / "model"), dtype=torch.float32)["total"]
+    rounded = diagnose(made / "p", read(made / "model"))["total"]
+    assert exact["lost"] < 1e-5 < rounded["lost"] and exact["absorbed"] <= rounded["absorbed"]
+
+
 def test_against_another_patch(made: Path) -> None:
     found = diagnose(made / "p", read(made / "model"), other=made / "q")
     for module, numbers in found["modules"].items():
@@ -103,6 +111,12 @@ def test_what_does_not_fit_together_is_refused(made: Path, tmp_path: Path) -> No
     few = save_adapter(tmp_path / "few", made / "base", target_modules=[target])
     with pytest.raises(ResolveError, match="is a target of one of the two patches only"):
         diagnose(made / "p", other=few)
+    wide = Path(shutil.copytree(made / "p", tmp_path / "wide"))
+    factors = load_file(wide / "adapter_model.safetensors")
+    factors = {name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in factors.items()}
+    save_file(factors, wide / "adapter_model.safetensors")
+    with pytest.raises(ResolveError, match="not patches of one model"):
+        diagnose(made / "p", other=wide)
     save_model(tmp_path / "other", "mistral", torch.bfloat16)
     with pytest.raises(ResolveError, match="not versions of one model|trained on another"):
         diagnose(made / "p", read(tmp_path / "other"), read(made / "base"))
