@@ -21,18 +21,30 @@ from typing import Any
 
 TINYLLAMA = {"hidden": 2048, "inner": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocabulary": 32000}
 """1.1B parameters: 2.2 GB in bfloat16."""
-TOY = {"hidden": 64, "inner": 128, "layers": 1, "heads": 4, "kv_heads": 4, "vocabulary": 64}
-"""What a way does to it is its process start."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 PEFT = """
-import sys, torch
+import sys, time, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+begun = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 merged = PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
 merged.save_pretrained(sys.argv[3], max_shard_size="1GB")
+print(time.perf_counter() - begun)
 """
+WARM = """
+import os, sys, time, torch
+from pathlib import Path
+from portllm.work import patches
+from portllm.work.apply import How, atomic_apply
+begun = time.perf_counter()
+how = How(len(os.sched_getaffinity(0)), durable=len(sys.argv) > 4)
+atomic_apply(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)], Path(sys.argv[3]), how=how)
+print(time.perf_counter() - begun)
+"""
+"""Both print the seconds after their imports."""
 
 
 def shapes(size: dict[str, int]) -> dict[str, tuple[int, int]]:
@@ -104,44 +116,48 @@ def apart(function: Callable[..., object], *arguments: object) -> None:
     assert process.exitcode == 0
 
 
-def measure(command: list[str], out: Path) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a command in a process of its own, or of a shell line with its children."""
+def measure(command: list[str], out: Path) -> tuple[float, float, float]:
+    """(seconds, seconds that it prints or else the same, peak resident GB) of a command in a process of its own, or of
+    a shell line with its children."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
+    assert process.stdout and process.stderr
     if status:
-        raise SystemExit(f"{command}: {process.stderr.read().decode() if process.stderr else ''}")
-    return seconds, usage.ru_maxrss / 1e6
+        raise SystemExit(f"{command}: {process.stderr.read()}")
+    printed = process.stdout.read().strip()
+    own = float(printed) if printed.replace(".", "").isdigit() else seconds
+    return seconds, own, usage.ru_maxrss / 1e6
 
 
 def ways(model: Path, patch: Path, out: Path) -> dict[str, list[str]]:
-    portllm = [sys.executable, "-m", "portllm", "apply"]
-    ours = [*portllm, "--model", str(model), "--patch", str(patch), "--out", str(out)]
+    named = ["--model", str(model), "--patch", str(patch), "--out", str(out)]
+    ours, plain = [sys.executable, "-m", "portllm", "apply", *named], [str(model), str(patch), str(out)]
     return {
         "cp -r": ["cp", "-r", str(model), str(out)],
         "cp -r, sync": ["sh", "-c", f"cp -r {model} {out} && sync -f {out}/config.json"],
         "portllm apply": ours,
         "portllm apply --durable": [*ours, "--durable"],
-        "PEFT merge, save": [sys.executable, "-c", PEFT, str(model), str(patch), str(out)],
+        "portllm apply, torch imported": [sys.executable, "-c", WARM, *plain],
+        "portllm apply --durable, torch imported": [sys.executable, "-c", WARM, *plain, "durable"],
+        "PEFT merge, save": [sys.executable, "-c", PEFT, *plain],
     }
 
 
-def table(title: str, found: dict[str, list[tuple[float, float]]], starts: dict[str, float]) -> str:
-    """`starts`: seconds that a way takes for a model of a few kilobytes, by what its name begins with."""
-    base = statistics.median(s for s, _ in found["cp -r, sync"])
-    lines = [f"| {title} | seconds | process start aside | of the durable copy | peak GB |", "|---|---|---|---|---|"]
+def table(title: str, found: dict[str, list[tuple[float, float, float]]]) -> str:
+    base = statistics.median(s for s, _, _ in found["cp -r, sync"])
+    lines = [f"| {title} | seconds | after its imports | of the durable copy | peak GB |", "|---|---|---|---|---|"]
     for way, runs in found.items():
-        seconds, peak = statistics.median(s for s, _ in runs), max(p for _, p in runs)
-        work = seconds - next((start for name, start in starts.items() if way.startswith(name)), 0.0)
-        lines.append(f"| {way} | {seconds:.2f} | {work:.2f} | {work / base:.2f} | {peak:.2f} |")
+        seconds, own, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        lines.append(f"| {way} | {seconds:.2f} | {own:.2f} | {own / base:.2f} | {peak:.2f} |")
     return "\n".join(lines)
 
 
-def run(commands: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in commands}
+def run(commands: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[tuple[float, float, float]]]:
+    found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in commands}
     for _ in range(rounds):
         for way, command in commands.items():
             found[way].append(measure(command, out))
@@ -151,14 +167,9 @@ def run(commands: dict[str, list[str]], out: Path, rounds: int) -> dict[str, lis
 
 def applying(root: Path, model: Path, rounds: int) -> None:
     """A patch applied: seconds and peak memory of every way."""
-    apart(make_model, root / "toy", TOY, 1)
-    apart(make_patch, root / "toy-patch", root / "toy", ATTENTION)
-    toys = ways(root / "toy", root / "toy-patch", root / "out")
-    short = run({name: toys[name] for name in ("portllm apply", "PEFT merge, save")}, root / "out", rounds)
-    starts = {name.partition(" ")[0]: statistics.median(s for s, _ in runs) for name, runs in short.items()}
     for title, targets in (("r = 8 on q, k, v, o", ATTENTION), ("r = 8 on all linear", ALL)):
         patch = root / f"patch{len(targets)}"
-        print(table(title, run(ways(model, patch, root / "out"), root / "out", rounds), starts), "\n", flush=True)
+        print(table(title, run(ways(model, patch, root / "out"), root / "out", rounds)), "\n", flush=True)
 
 
 def memory(root: Path, rounds: int) -> None:
@@ -169,7 +180,7 @@ def memory(root: Path, rounds: int) -> None:
         apart(make_model, model, size)
         apart(make_patch, root / f"patch-of-{layers}", model, ALL)
         command = ways(model, root / f"patch-of-{layers}", root / "out")["portllm apply"]
-        peak = max(measure(command, root / "out")[1] for _ in range(rounds))
+        peak = max(measure(command, root / "out")[2] for _ in range(rounds))
         total = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
         print(f"| {total:.1f} GB | {peak:.3f} |", flush=True)
         shutil.rmtree(model)
@@ -237,7 +248,7 @@ def diagnosing(root: Path, model: Path, patch: Path, size: dict[str, int], round
     alone = [measure(command, root / "out") for _ in range(rounds)]
     print("| portllm diagnose | seconds | peak GB |\n|---|---|---|")
     for name, found in (("the patch alone", alone), ("against θₜ and its update from θ₀", runs)):
-        print(f"| {name} | {statistics.median(s for s, _ in found):.1f} | {max(p for _, p in found):.2f} |")
+        print(f"| {name} | {statistics.median(s for s, _, _ in found):.1f} | {max(p for _, _, p in found):.2f} |")
     print()
 
 
