@@ -396,10 +396,15 @@ def cancel(job: JobId, address: Address = None) -> None:
 
 def _planned(file: Path, overrides: list[str] | None) -> tuple[Study, Facts, Plan]:
     from portllm.resolve.resolver import open_study
+    from portllm.study.document import override, parse
     from portllm.study.plan import make_plan
 
     study, facts = open_study(file, overrides or [])
-    return study, facts, make_plan(study, facts)
+    try:
+        return study, facts, make_plan(study, facts)
+    except SpecError as error:
+        document = override(parse(file.read_text(encoding="utf-8"), str(file)), overrides or [])
+        raise SpecError(document.located(str(error))) from None
 
 
 def _store(study: Study, file: Path, option: Path | None) -> Store:

@@ -12,7 +12,7 @@ from portllm.errors import ResolveError
 from portllm.formats import lmeval
 from portllm.formats.lmeval_index import definition_files, merged_config
 from portllm.resolve.digests import cache_directory, write_cache
-from portllm.resolve.source import Sources
+from portllm.resolve.source import Sources, about
 from portllm.study.facts import Given, TaskFacts
 from portllm.study.keys import digest, given_key
 from portllm.study.spec import Study, Task
@@ -45,7 +45,9 @@ def groups(study: Study, sources: Sources) -> dict[str, tuple[str, ...]]:
     """The members of every group or tag among the study's tasks."""
     found = {}
     for task in study.tasks:
-        members = lmeval.expand(task.task, _include(task, sources))
+        include = _include(task, sources)
+        with about(f"task `{task.task}`"):
+            members = lmeval.expand(task.task, include)
         if members != [task.task]:
             found[task.task] = tuple(members)
     return found
