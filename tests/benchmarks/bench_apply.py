@@ -128,7 +128,7 @@ def measure(command: list[str], out: Path) -> tuple[float, float, float]:
     assert process.stdout and process.stderr
     if status:
         raise SystemExit(f"{command}: {process.stderr.read()}")
-    printed = process.stdout.read().strip()
+    printed = (process.stdout.read().split() or [""])[-1]
     own = float(printed) if printed.replace(".", "").isdigit() else seconds
     return seconds, own, usage.ru_maxrss / 1e6
 
