@@ -132,7 +132,7 @@ quickstart: env
 	$(VENV)/bin/portllm report $(STUDY)
 
 # Tests that start clusters wait more than they compute (two thirds of both cores are idle): the others run beside them.
-CLUSTERS := tests/engine tests/test_main_job.py
+CLUSTERS := tests/engine tests/test_failures.py tests/test_main_job.py
 
 test: env lint
 	@log=$$(mktemp)

@@ -64,13 +64,17 @@ def payload(stage: str, recipe: Any, inputs: Mapping[str, str]) -> dict[str, Any
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value in canonical form, as 64 hex digits."""
-    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _sha256(canonical(value))
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_key(stage: str, recipe: Any, inputs: Mapping[str, str]) -> str:
     """Key of a step: 64 hex digits."""
-    return digest(payload(stage, recipe, inputs))
+    return _sha256(payload(stage, recipe, inputs))
 
 
 def given_key(what: str, content: str) -> str:

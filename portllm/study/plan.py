@@ -6,6 +6,7 @@ and `none` has neither rank nor seed, so each is one step however many cells rea
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from portllm.errors import SpecError
@@ -47,6 +48,7 @@ class _Planner:
         self.cells: dict[Cell, None] = {}
         self.diagnoses: list[Diagnosis] = []
         self.version_zero: dict[str, Version] = {}
+        self._layout = cache(lambda stage, lora=False: layout_of(stage, study, facts, lora))
 
     def plan(self) -> Plan:
         for name, lineage in self.study.lineages.items():
@@ -211,7 +213,7 @@ class _Planner:
             recipe, inputs = self._init(model.init, facts.storage)
         elif facts.source is not None:
             inputs = {"source": self._give(facts.source)}
-        layout = layout_of("base", self.study, self.facts)
+        layout = self._layout("base")
         key = self._add("base", recipe, inputs, f"base {name}", layout, model=name)
         return Version(0, key, tokenizer=key, facts=facts)
 
@@ -267,7 +269,7 @@ class _Planner:
             recipe,
             inputs,
             "update " + self._name(lineage, replace(version, t=t), seed),
-            layout_of("update", self.study, self.facts, lora is not None),
+            self._layout("update", lora is not None),
             lineage=lineage,
             t=t,
             update_seed=seed,
@@ -381,7 +383,7 @@ class _Planner:
             recipe,
             inputs,
             f"{'warm' if start else 'finetune'} {label}",
-            layout_of("finetune", self.study, self.facts, lora=True),
+            self._layout("finetune", lora=True),
             model=self.study.lineages[lineage].model,
             lineage=lineage,
             t=version.t,
@@ -409,7 +411,7 @@ class _Planner:
             recipe,
             inputs,
             f"evaluate {label}",
-            layout_of("evaluate", self.study, self.facts),
+            self._layout("evaluate"),
             model=model,
             task=task.task,
         )

@@ -34,7 +34,7 @@ def test_scores_choices_and_metrics_are_those_of_hflm(model: str, task: str, mod
 
 
 @pytest.mark.parametrize("shots", [0, 5])
-@pytest.mark.parametrize("model", ["home-12M", "random Gemma 2"])
+@pytest.mark.parametrize("model", [pytest.param("home-12M", marks=pytest.mark.long), "random Gemma 2"])
 def test_generated_texts_are_those_of_hflm(model: str, shots: int, models: dict[str, Path]) -> None:
     found = parity.compare(models[model], "gsm8k", 8, shots)
     assert (found.documents, found.other, found.metrics) == (2 * 8, 0, True)  # one row a filter
