@@ -31,6 +31,17 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes in one thread: sums in another order have other last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A toy study of two lineages after one undisturbed run: (study file, store, the run's report)."""

@@ -431,20 +431,7 @@ def _check_names(study: Study, document: Document) -> None:
                 _known(update.corpus, study.corpora, ("lineages", name, "updates", i, "corpus"), document)
             for replayed in update.replay:
                 _known(replayed, study.corpora, ("lineages", name, "updates", i, "replay"), document)
-    _check_zero(study, document)
     _check_tasks(study, document)
-
-
-def _check_zero(study: Study, document: Document) -> None:
-    """ZeRO-3 can save empty adapters (peft #2892): refused before anything is spent."""
-    lora = {
-        "finetune": True,
-        "update": any(u.method == "lora" for line in study.lineages.values() for u in line.updates),
-    }
-    for stage, trains_lora in lora.items():
-        if trains_lora and getattr(study.resources, stage).zero == 3:
-            where = document.where(("resources", stage, "zero"))
-            raise SpecError(f"{where}: ZeRO-3 with LoRA can save empty adapters; use zero: 2")
 
 
 def _check_tasks(study: Study, document: Document) -> None:

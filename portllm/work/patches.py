@@ -158,7 +158,7 @@ def add_into(out: Tensor, W: Tensor, changes: Sequence[Change], workspace: Works
 
 
 def _require_finite(out: Tensor, parameter: str) -> Tensor:
-    """Blockwise, while it may still be in the cache. Raises `ResolveError` for a NaN or an infinity."""
+    """Raises `ResolveError` for a NaN or an infinity; a block is looked at closely only where its sum is not finite."""
     if out.is_floating_point():
         for part in out.reshape(-1).split(BLOCK) if out.is_contiguous() else (out,):
             if not math.isfinite(float(part.sum(dtype=torch.float32))) and not torch.isfinite(part).all():

@@ -244,3 +244,9 @@ def test_a_deepspeed_configuration_of_the_user_s_own_is_in_the_layout_and_in_no_
     assert found.steps.keys() == plan().steps.keys()
     with pytest.raises(SpecError, match=r"deepspeed: ds.json: ZeRO-3 with LoRA"):
         plan("resources.finetune.deepspeed=ds.json", deepspeed={"finetune": {"zero_optimization": {"stage": 3}}})
+
+
+@pytest.mark.parametrize("stage", ["finetune", "update"])
+def test_zero_3_with_lora_is_refused(stage):
+    with pytest.raises(SpecError, match=rf"^resources\.{stage}\.zero: ZeRO-3 with LoRA can save empty adapters"):
+        plan(f"resources.{stage}.zero=3")

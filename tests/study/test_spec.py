@@ -43,8 +43,6 @@ from tests.study.worlds import TEXT, study
         ("arms=[none, prot]", r"arms\[1\]"),
         ("arms=[none, none]", "an arm stands twice"),
         ("finetune=null", "arms port, warm and refit train patches: give finetune"),
-        ("resources.finetune.zero=3", "ZeRO-3 with LoRA"),
-        ("resources.update.zero=3", "ZeRO-3 with LoRA"),
         ("evaluate.apply=glued", r"evaluate\.apply"),
         ("resources.evaluate.workers=2", "evaluators are as many as the cluster holds"),
         ("corpora.c={path: c.jsonl}", "name the column"),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 
 from portllm.errors import StageError
@@ -19,15 +18,9 @@ from portllm.work.requests import requests
 from portllm.work.versions import Versions
 from tests.toys import write_model, write_parquet, write_patch, write_tasks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LM_EVAL = "0.4.13"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.benchmarks import parity
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("one_thread")]
 
 MODELS = ("stories260K", "home-12M", *parity.random_configs(8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
 from portllm.work.scoring import batches, loglikelihoods, plan_families, plan_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -49,14 +51,6 @@ def request_set(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **meta) ->
         answers=np.asarray([len(context) for context, _ in pairs]), documents=count, choices=count * 0, doc_ids=count,
         doc_hashes=np.asarray([b"x"] * len(pairs)), meta={"model_max_length": 64, "task": "t", **meta},
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(count: int = 10, longest: int = 40, seed: int = 1) -> list[tuple[list[int], list[int]]]:
