@@ -39,13 +39,16 @@ class ScorerLM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
-        scores = self._score(self.encoder.pairs([request.args[:2] for request in requests]), "loglikelihood")
+        alike: dict[tuple[str | None, int | None], int] = {}
+        documents = [alike.setdefault((request.task_name, request.doc_id), len(alike)) for request in requests]
+        rows = self.encoder.pairs([request.args[:2] for request in requests])
+        scores = self._score(rows, documents, "loglikelihood")
         return list(zip(scores.loglikelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text, window by window."""
         rows = self.encoder.texts([request.args[0] for request in requests])
-        found: list[float] = self._score(rows, "loglikelihood_rolling").loglikelihoods.tolist()
+        found: list[float] = self._score(rows, range(len(rows)), "loglikelihood_rolling").loglikelihoods.tolist()
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -56,7 +59,8 @@ class ScorerLM(LM):
         texts = [""] * len(requests)
         for numbers in alike.values():
             ids = self.encoder.contexts([requests[number].args[0] for number in numbers])
-            asked = self._requests([(row, len(row)) for row in ids], "generate_until", requests[numbers[0]].args[1])
+            rows = [(row, len(row)) for row in ids]
+            asked = self._requests(rows, range(len(rows)), "generate_until", requests[numbers[0]].args[1])
             found = generate(self.model, self.tokenizer, asked, self.score_tokens).texts
             for number, text in zip(numbers, found, strict=True):
                 texts[number] = text
@@ -80,17 +84,19 @@ class ScorerLM(LM):
             )
         )
 
-    def _score(self, rows: Rows, kind: str) -> Scores:
-        return loglikelihoods(self.model, self._requests(rows, kind), self.score_tokens)
+    def _score(self, rows: Rows, documents: Sequence[int], kind: str) -> Scores:
+        return loglikelihoods(self.model, self._requests(rows, documents, kind), self.score_tokens)
 
-    def _requests(self, rows: Rows, kind: str, generation: dict[str, Any] | None = None) -> RequestSet:
-        """Every request a document of its own; those that begin alike find each other by their tokens."""
+    def _requests(
+        self, rows: Rows, documents: Sequence[int], kind: str, generation: dict[str, Any] | None = None
+    ) -> RequestSet:
+        """One request a row; those of one document may share the beginning of their contexts."""
         count = np.arange(len(rows))
         return RequestSet(
             tokens=np.asarray([token for ids, _ in rows for token in ids], dtype=np.uint32),
             offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]),
             answers=np.asarray([first for _, first in rows], dtype=np.int64),
-            documents=count,
+            documents=np.asarray(documents, dtype=np.int64),
             choices=np.zeros_like(count),
             doc_ids=count,
             doc_hashes=np.full(len(rows), b""),

@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "requests": 1,
     "update": 1,
     "finetune": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "export": 1,
     "diagnose": 1,
 }

@@ -15,8 +15,9 @@ import torch
 from portllm.errors import StageError
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
+from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import max_length
+from portllm.work.scoring import batches, max_length
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
@@ -60,12 +61,12 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> T
     if room < 1:
         raise StageError(f"task `{requests.meta['task']}` generates up to {stops.room} tokens, and the model's "
                          f"window of {room + stops.room} leaves no room for a prompt")  # fmt: skip
-    head = Head(model)
+    head, last_layer = Head(model), LastLayer(model)
     texts = [""] * len(requests)
 
     def work(batch: Sequence[int]) -> None:
         prompts = [requests.ids(request)[-room:] for request in batch]
-        for request, ids in zip(batch, _continue(model, head, tokenizer, prompts, stops), strict=True):
+        for request, ids in zip(batch, _continue(model, head, last_layer, tokenizer, prompts, stops), strict=True):
             texts[request] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
 
     with torch.inference_mode():
@@ -97,14 +98,12 @@ def _batches(requests: RequestSet, room: int, budget: int) -> Iterator[list[int]
     """Requests by length of their prompt, longest first."""
     lengths = np.minimum(np.diff(requests.offsets), room)
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        count = max(1, budget // int(lengths[order[start]]))
-        yield [int(i) for i in order[start : start + count]]
-        start += count
+    yield from (order[batch].tolist() for batch in batches(lengths[order].tolist(), budget))
 
 
-def _continue(model: Any, head: Head, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops) -> list[list[int]]:
+def _continue(
+    model: Any, head: Head, last_layer: LastLayer, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops
+) -> list[list[int]]:
     """New token ids of each prompt, one forward pass a token for all rows that still run."""
     from transformers import DynamicCache
 
@@ -114,9 +113,11 @@ def _continue(model: Any, head: Head, tokenizer: Any, prompts: Sequence[np.ndarr
     running = list(range(len(prompts)))
     for _ in range(stops.tokens):
         positions = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        hidden_BSD = body(model)(
-            input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        last_B = ids_BS.shape[1] * torch.arange(1, len(ids_BS) + 1, device=ids_BS.device) - 1
+        with last_layer.reading(last_B, ids_BS.numel()):
+            hidden_BSD = body(model)(
+                input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
         chosen = head.best(hidden_BSD[:, -1]).tolist()
         for row, token in zip(running, chosen, strict=True):
             texts[row].append(token)

@@ -81,29 +81,42 @@ class Head:
             top_P = torch.maximum(top_P, block_P)
         return best_P
 
-    def score(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log p(target), whether it is the most likely token) per position: fp32 [P] and bool [P]."""
-        parts = [self._score(h, t) for h, t in zip(hidden_PD.split(POSITIONS), targets_P.split(POSITIONS), strict=True)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    def score(
+        self, hidden_PD: torch.Tensor, targets_T: torch.Tensor, at_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p(target), whether it is the most likely token) of each target at its position: fp32 [T] and bool [T].
 
-    def _score(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        target_P, total_P, best_P = self._online(hidden_PD, targets_P)
-        return target_P - total_P, best_P == targets_P
+        A position with several targets (one-token choices of a document) is multiplied with the head once.
+        """
+        logs_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_PD.device)
+        first_T = torch.empty(len(targets_T), dtype=torch.bool, device=hidden_PD.device)
+        for start in range(0, len(hidden_PD), POSITIONS):
+            here = ((at_T >= start) & (at_T < start + POSITIONS)).nonzero()[:, 0]
+            targets, rows = targets_T[here], at_T[here] - start
+            target, total_P, best_P = self._online(hidden_PD[start : start + POSITIONS], targets, rows)
+            logs_T[here], first_T[here] = target - total_P[rows], best_P[rows] == targets
+        return logs_T, first_T
 
-    def _online(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(logit of the target, log-sum-exp, most likely token): Σ exp(x - m) is rescaled when a block raises m."""
+    def _online(
+        self, hidden_PD: torch.Tensor, targets_T: torch.Tensor, rows_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logit of each target in its row [T], log-sum-exp [P], most likely token [P]).
+
+        Σ exp(x - m) is rescaled when a block raises m.
+        """
         top_P = hidden_PD.new_full((len(hidden_PD),), -torch.inf, dtype=torch.float32)
-        sum_P, target_P, best_P = torch.zeros_like(top_P), torch.zeros_like(top_P), torch.zeros_like(targets_P)
+        sum_P, best_P = torch.zeros_like(top_P), torch.zeros_like(top_P, dtype=torch.int64)
+        target_T = torch.zeros(len(targets_T), dtype=torch.float32, device=hidden_PD.device)
         for first, logits_PV in self._blocks(hidden_PD):
             block_P, where_P = logits_PV.max(dim=1)
             best_P = torch.where(block_P > top_P, where_P + first, best_P)  # the first of equals, as argmax has it
-            inside_P = targets_P - first
-            found_P = logits_PV.gather(1, inside_P.clamp(0, logits_PV.shape[1] - 1)[:, None])[:, 0]
-            target_P = torch.where((inside_P >= 0) & (inside_P < logits_PV.shape[1]), found_P, target_P)
+            inside_T = targets_T - first
+            found_T = logits_PV[rows_T, inside_T.clamp(0, logits_PV.shape[1] - 1)]
+            target_T = torch.where((inside_T >= 0) & (inside_T < logits_PV.shape[1]), found_T, target_T)
             new_P = torch.maximum(top_P, block_P)
             sum_P = sum_P * (top_P - new_P).exp_() + logits_PV.sub_(new_P[:, None]).exp_().sum(dim=1)
             top_P = new_P
-        return target_P, top_P + sum_P.log(), best_P
+        return target_T, top_P + sum_P.log(), best_P
 
     def slopes(
         self, hidden_PD: torch.Tensor, targets_P: torch.Tensor
@@ -116,7 +129,7 @@ class Head:
         for start in range(0, len(hidden_PD), POSITIONS):
             here = slice(start, start + POSITIONS)
             targets, rows = targets_P[here], torch.arange(len(targets_P[here]), device=targets_P.device)
-            target_P, total_P, _ = self._online(hidden_PD[here], targets)
+            target_P, total_P, _ = self._online(hidden_PD[here], targets, rows)
             log_P = target_P - total_P
             for first, logits_PV in self._blocks(hidden_PD[here]):
                 bend_PV = None if self._cap is None else 1 - (logits_PV / self._cap) ** 2

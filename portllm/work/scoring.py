@@ -7,7 +7,7 @@ stem is forwarded once, each branch goes on from its keys and values; a stem's o
 
     requests → spans (cut to the window) → rows (distinct inputs) → families → batches → stems, then branches
 
-Shape suffixes: B rows of a batch, S its longest input, D hidden size, P scored positions.
+Shape suffixes: B rows of a batch, S its longest input, D hidden size, P read positions, T their targets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from portllm.errors import StageError
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
+from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
 
 WORTH = 0.2
@@ -77,8 +78,8 @@ def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
     with torch.inference_mode():
         header = shared_header(families, attention_window(model))
         scorer.forward_header(header)
-        for batch in batches(families, len(header), budget):
-            scorer.score(batch, budget)
+        for batch in batches([len(family.stem.ids) - len(header) for family in families], budget):
+            scorer.score(families[batch], budget)
     if not np.isfinite(scorer.scores).all():
         worst = int(np.argmin(np.isfinite(scorer.scores)))
         raise StageError(f"the score of document {requests.doc_ids[requests.documents[worst]]} is "
@@ -208,13 +209,13 @@ def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
     return families[0].stem.ids[:length] if length >= HEADER else nothing
 
 
-def batches(families: Sequence[Family], header: int, budget: int) -> Iterator[Sequence[Family]]:
-    """Families, longest stem first, in batches of at most `budget` tokens with their padding, and at least one."""
+def batches(lengths: Sequence[int], budget: int) -> Iterator[slice]:
+    """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one."""
     start = 0
-    while start < len(families):
-        count = max(1, budget // (len(families[start].stem.ids) - header))
-        yield families[start : start + count]
-        start += count
+    while start < len(lengths):
+        stop = start + max(1, budget // lengths[start])
+        yield slice(start, stop)
+        start = stop
 
 
 # ------------------------------------------------------------------------------------------------------ forward passes
@@ -224,7 +225,7 @@ class _Scorer:
     """Forward passes, and the scores they add up to."""
 
     def __init__(self, model: Any, requests: int) -> None:
-        self.model, self.head = model, Head(model)
+        self.model, self.head, self.last_layer = model, Head(model), LastLayer(model)
         self.scores = np.zeros(requests)
         self.greedy = np.ones(requests, dtype=bool)
         self.halved = 0
@@ -237,8 +238,8 @@ class _Scorer:
         self._header = len(ids)
         if len(ids):
             self._cache = self._new_cache()
-            ids_BS = torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)
-            body(self.model)(input_ids=ids_BS, past_key_values=self._cache, use_cache=True)
+            ids_BS = torch.from_numpy(ids.astype(np.int64))[None]
+            self._forward(ids_BS, [], past_key_values=self._cache, use_cache=True)
 
     def score(self, batch: Sequence[Family], budget: int) -> None:
         """Scores a batch; where it does not fit into memory, its halves."""
@@ -256,11 +257,10 @@ class _Scorer:
     def _score(self, batch: Sequence[Family], budget: int) -> None:
         stems = [family.stem for family in batch]
         if self._cache is None and not any(family.branches for family in batch):
-            ids_BS = _padded([stem.ids for stem in stems])
             # No mask is needed: nothing that is read attends to the padding after it, and without a mask the attention
             # kernels take their faster causal path (`HFLM` passes none either).
-            hidden_BSD = body(self.model)(input_ids=ids_BS.to(self.model.device), use_cache=False).last_hidden_state
-            self._read(hidden_BSD, stems, [0] * len(stems))
+            ids_BS = _padded([stem.ids for stem in stems])
+            self._forward(ids_BS, _reads(stems, [0] * len(stems), ids_BS.shape[1]), use_cache=False)
             return
         cache = self._new_cache() if self._cache is None else _rows_of(self._cache, [0] * len(stems))
         rests = [_split(stem, self._header)[1] for stem in stems]
@@ -269,51 +269,58 @@ class _Scorer:
         mask_BS = np.ones((len(rests), self._header + shifts[0] + len(rests[0].ids)), dtype=np.int64)
         for b, shift in enumerate(shifts):
             mask_BS[b, self._header : self._header + shift] = 0
-        hidden_BSD = self._forward(_padded([rest.ids for rest in rests], left=True), mask_BS, cache)
-        self._read(hidden_BSD, rests, shifts)
+        ids_BS = _padded([rest.ids for rest in rests], left=True)
+        self._go_on(ids_BS, _reads(rests, shifts, ids_BS.shape[1]), mask_BS, cache)
         self._branches(batch, mask_BS, cache, budget)
 
     def _branches(self, batch: Sequence[Family], mask_BS: np.ndarray, cache: Any, budget: int) -> None:
         pairs = [(b, row) for b, family in enumerate(batch) for row in family.branches if len(row.ids)]
         pairs.sort(key=lambda pair: -len(pair[1].ids))
-        start = 0
-        while start < len(pairs):
-            part = pairs[start : start + max(1, budget // len(pairs[start][1].ids))]
-            owners, rows = [b for b, _ in part], [row for _, row in part]
+        for part in batches([len(row.ids) for _, row in pairs], budget):
+            owners, rows = [b for b, _ in pairs[part]], [row for _, row in pairs[part]]
             ids_BS = _padded([row.ids for row in rows])
             mask = np.concatenate([mask_BS[owners], np.ones(ids_BS.shape, dtype=np.int64)], axis=1)
-            self._read(self._forward(ids_BS, mask, _rows_of(cache, owners)), rows, [0] * len(rows))
-            start += len(part)
+            self._go_on(ids_BS, _reads(rows, [0] * len(rows), ids_BS.shape[1]), mask, _rows_of(cache, owners))
 
-    def _forward(self, ids_BS: torch.Tensor, mask_BS: np.ndarray, cache: Any) -> torch.Tensor:
-        """Hidden states of tokens that go on from a cache."""
+    def _go_on(self, ids_BS: torch.Tensor, reads: Sequence[Read], mask_BS: np.ndarray, cache: Any) -> None:
+        """Forwards tokens that go on from a cache."""
         mask = torch.from_numpy(mask_BS).to(self.model.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        hidden_BSD: torch.Tensor = body(self.model)(
-            input_ids=ids_BS.to(self.model.device), attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        return hidden_BSD
+        self._forward(ids_BS, reads, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+
+    def _forward(self, ids_BS: torch.Tensor, reads: Sequence[Read], **how: Any) -> None:
+        """One forward pass, and what is read from it: each read's position is b · S + s."""
+        device = self.model.device
+        spans = [np.arange(first, first + len(targets)) for _, first, targets in reads]
+        read_P, at_T = (torch.from_numpy(a).to(device) for a in np.unique(_joined(spans), return_inverse=True))
+        with self.last_layer.reading(read_P, ids_BS.numel()):
+            hidden_BSD = body(self.model)(input_ids=ids_BS.to(device), **how).last_hidden_state
+        if not reads:
+            return
+        targets_T = torch.from_numpy(_joined([targets for *_, targets in reads])).to(device)
+        logs_T, best_T = self.head.score(hidden_BSD.flatten(0, 1)[read_P], targets_T, at_T)
+        owner_T = np.repeat([request for request, *_ in reads], [len(targets) for *_, targets in reads])
+        np.add.at(self.scores, owner_T, logs_T.double().cpu().numpy())
+        np.logical_and.at(self.greedy, owner_T, best_T.cpu().numpy())
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
 
-    def _read(self, hidden_BSD: torch.Tensor, rows: Sequence[Row], shifts: Sequence[int]) -> None:
-        reads = [(b, request, shifts[b] + first, targets) for b, row in enumerate(rows)
-                 for request, first, targets in row.reads]  # fmt: skip
-        if not reads:
-            return
-        counts = [len(targets) for *_, targets in reads]
-        row_P, owner_P = np.repeat([r[0] for r in reads], counts), np.repeat([r[1] for r in reads], counts)
-        position_P = np.concatenate([np.arange(first, first + len(targets)) for _, _, first, targets in reads])
-        device = self.model.device
-        targets_P = torch.from_numpy(np.concatenate([r[3] for r in reads]).astype(np.int64)).to(device)
-        hidden_PD = hidden_BSD[torch.from_numpy(row_P).to(device), torch.from_numpy(position_P).to(device)]
-        logs_P, best_P = self.head.score(hidden_PD, targets_P)
-        np.add.at(self.scores, owner_P, logs_P.double().cpu().numpy())
-        np.logical_and.at(self.greedy, owner_P, best_P.cpu().numpy())
+
+def _reads(rows: Sequence[Row], shifts: Sequence[int], length: int) -> list[Read]:
+    """What is read from the rows of a pass [B, `length`], each shifted to the right: positions are b · S + s."""
+    return [
+        (request, b * length + shifts[b] + first, targets)
+        for b, row in enumerate(rows)
+        for request, first, targets in row.reads
+    ]
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """int64, also of none."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays], dtype=np.int64)
 
 
 def _rows_of(cache: Any, rows: Iterable[int]) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,35 @@ def plain(model: Any, pairs: Sequence[tuple[list[int], list[int]]], window: int 
     return scores, greedy
 
 
+class Picky(torch.nn.Module):
+    """An inner network that looks at the whole sequence."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x_BSD) + x_BSD.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "phi"])
+def test_the_last_layer_computes_only_where_it_is_read(kind):
+    model, counted = tiny(kind), []
+    layer = (model.transformer.h if kind == "gpt2" else model.model.layers)[-1]
+    layer.mlp.register_forward_hook(lambda *call: counted.append(call[2].shape[:2].numel()))
+    pairs = [(context, answer[:1]) for context, answer in drawn(longest=40)[::4]]
+    scores = loglikelihoods(model, request_set(pairs), 4096)
+    np.testing.assert_allclose(scores.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
+    assert counted[-len(pairs) - 1] == len(pairs)
+
+
+def test_a_last_layer_that_mixes_positions_computes_everywhere():
+    model, pairs = tiny("llama"), [(context, answer[:1]) for context, answer in drawn(longest=40)[::4]]
+    model.model.layers[-1].mlp = Picky(model.model.layers[-1].mlp)
+    alone = loglikelihoods(model, request_set(pairs), 1)  # no padding: the mean is over the sequence itself
+    np.testing.assert_allclose(alone.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "phi"])
 def test_scores_are_those_of_each_request_alone(kind):
     model, pairs = tiny(kind), drawn()
@@ -121,12 +151,11 @@ def test_inputs_that_begin_another_share_its_forward_pass():
 
 
 def test_a_batch_stays_within_the_budget_and_never_is_empty():
-    found = request_set(drawn())
-    families = plan_families(plan_rows(found, window=64)[0], found)
-    made = list(batches(families, 0, budget=100))
-    assert [family for batch in made for family in batch] == families
-    assert all(len(batch) * len(batch[0].stem.ids) <= 100 or len(batch) == 1 for batch in made)
-    assert all(len(batch) == 1 for batch in batches(families, 0, budget=1))
+    lengths = sorted((len(context) for context, _ in drawn()), reverse=True)
+    made = [lengths[batch] for batch in batches(lengths, budget=100)]
+    assert list(chain.from_iterable(made)) == lengths
+    assert all(len(batch) * batch[0] <= 100 or len(batch) == 1 for batch in made)
+    assert all(len(lengths[batch]) == 1 for batch in batches(lengths, budget=1))
 
 
 def choices(count: int = 8, header: int = 0) -> tuple[RequestSet, list[tuple[list[int], list[int]]]]:
@@ -223,7 +252,7 @@ def test_sums_are_made_in_fp32_for_a_bf16_model():
     with torch.inference_mode():
         logits = (h @ model.lm_head.weight.T).float()
         exact = torch.log_softmax(logits, -1)[targets, targets]
-        np.testing.assert_allclose(Head(model).score(h, targets)[0], exact, atol=1e-5)
+        np.testing.assert_allclose(Head(model).score(h, targets, torch.arange(len(h)))[0], exact, atol=1e-5)
 
 
 def test_an_architecture_that_changes_its_logits_after_the_head_is_refused():
