@@ -36,7 +36,10 @@ class Worker:
 
 def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: int = 1) -> Any:
     """A stage's surroundings in a fresh process."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    parallel = "true" if threads > 1 else "false"
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": parallel,
+    }  # fmt: skip
     quiet_libraries(gpus)
     import torch
 
@@ -61,7 +64,6 @@ def quiet_libraries(gpus: int) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
 
 

@@ -39,28 +39,30 @@ def corpus_facts(name: str, corpus: Corpus, sources: Sources) -> CorpusFacts:
 
 
 def screened(name: str, corpus: Corpus, facts: CorpusFacts, prompts: Prompts) -> CorpusFacts:
-    """The facts with the rows that hold an evaluated prompt."""
+    """The facts with the rows that hold an evaluated prompt, and how many tokens there can be at most."""
     source = Path(facts.source.path) if facts.source else None
     try:
         counted = _Counted(texts.documents(text_recipe(corpus, facts.format), source))
         excluded = hits(counted, prompts())
         if not counted.text:
             raise ResolveError("no document holds any text; look at `text` or `template`")
-        return replace(facts, excluded=excluded)
+        return replace(facts, excluded=excluded, most_tokens=counted.tokens)
     except ResolveError as error:
         raise ResolveError(f"corpora.{name}: {error}") from None
 
 
 class _Counted:
-    """Documents, and whether any of them held text."""
+    """Documents, whether any of them held text, and what they can be in tokens."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.documents = documents
         self.text = False
+        self.tokens = 0
 
     def __iter__(self) -> Iterator[str]:
         for document in self.documents:
             self.text = self.text or bool(document and not document.isspace())
+            self.tokens += len(document.encode(errors="surrogatepass")) + 2  # a blank before it, EOS after it
             yield document
 
 

@@ -116,26 +116,20 @@ def _screened(
         if facts.screened:
             corpus = study.corpora[name]
             content = [facts.source.key if facts.source else "", corpus.model_dump(mode="json"), evaluated]
-            facts = _cached(
-                "screen",
-                content,
-                lambda c=corpus, f=facts, n=name: list(  # type: ignore[misc]
-                    screened(n, c, f, prompts).excluded
-                ),
-                facts,
-            )
+            facts = _cached(content, facts, lambda c=corpus, f=facts, n=name: screened(n, c, f, prompts))  # type: ignore[misc]
         result[name] = facts
     return result
 
 
-def _cached(kind: str, content: object, compute: Callable[[], list[int]], facts: CorpusFacts) -> CorpusFacts:
-    digest = hashlib.sha256(json.dumps([kind, 1, package_version("lm_eval"), content], sort_keys=True).encode())
-    path = cache_directory() / kind / f"{digest.hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return replace(facts, excluded=tuple(json.loads(path.read_bytes())))
-    excluded = compute()
-    write_cache(path, excluded)
-    return replace(facts, excluded=tuple(excluded))
+def _cached(content: object, facts: CorpusFacts, screen: Callable[[], CorpusFacts]) -> CorpusFacts:
+    digest = hashlib.sha256(json.dumps(["screen", 2, package_version("lm_eval"), content], sort_keys=True).encode())
+    path = cache_directory() / "screen" / f"{digest.hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(path.read_bytes())
+        return replace(facts, excluded=tuple(known["excluded"]), most_tokens=known["most_tokens"])
+    found = screen()
+    write_cache(path, {"excluded": found.excluded, "most_tokens": found.most_tokens})
+    return found
 
 
 def _notes(corpora: dict[str, CorpusFacts]) -> list[str]:

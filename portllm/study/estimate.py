@@ -46,7 +46,7 @@ def cost(step: Step, facts: Facts, steps: Mapping[str, Step]) -> Cost:
         return Cost(STEP_SECONDS)
     flops = _flops(step, shape, facts, steps)
     speed = step.layout.gpus * GPU_FLOPS or step.layout.threads * CPU_FLOPS
-    return Cost(STEP_SECONDS + flops / speed, _memory(step, shape), _disk(step, shape))
+    return Cost(STEP_SECONDS + flops / speed, memory(step, shape), _disk(step, shape))
 
 
 def _flops(step: Step, shape: Shape, facts: Facts, steps: Mapping[str, Step]) -> float:
@@ -74,7 +74,7 @@ def _body(shape: Shape) -> float:
     return shape.parameters - shape.vocabulary * shape.hidden
 
 
-def _memory(step: Step, shape: Shape) -> int:
+def memory(step: Step, shape: Shape) -> int:
     """Bytes of a worker: its process, weights, what trains with masters, gradients and moments, and activations."""
     if step.stage not in ("base", "update", "finetune", "evaluate"):
         return 0

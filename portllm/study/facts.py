@@ -63,6 +63,8 @@ class CorpusFacts:
     rows: int | None = None
     excluded: tuple[int, ...] = ()
     """Rows that hold an evaluated prompt of one of the study's tasks."""
+    most_tokens: int | None = None
+    """A token holds at least a byte: no tokenizer makes more of the documents. None where they were not read yet."""
     screened: bool = True
     """False for a hub corpus: it is screened when it is read."""
 

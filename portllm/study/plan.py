@@ -253,6 +253,8 @@ class _Planner:
             _check_lora(lora, version, where)
         replay = tuple(_slice(position, name, round(share * update.tokens)) for name, share in update.replay.items())
         own = _slice(position, update.corpus, update.tokens - sum(part.tokens for part in replay))
+        for name in (update.corpus, *update.replay):
+            _check_corpus(name, self.facts.corpora[name].most_tokens, position[name], f"{where}.tokens")
         recipe = r.Update(
             method=update.method,
             tokens=own.tokens,
@@ -297,7 +299,8 @@ class _Planner:
             for i, task in enumerate(self.study.tasks, 1):
                 inputs[f"screen{i}"] = self._requests(task, version, whole=True)
         recipe = r.Corpus(text_recipe(corpus, facts.format), facts.excluded)
-        return self._add("corpus", recipe, inputs, f"corpus {self._of(version)}{name}", corpus=name)
+        label = f"corpus {self._of(version)}{name}"
+        return self._add("corpus", recipe, inputs, label, self._layout("corpus"), corpus=name)
 
     def _requests(self, task: Task, version: Version, whole: bool = False) -> str:
         """Evaluation requests; `whole` ignores limit and few-shot settings: every document, for screening."""
@@ -445,6 +448,14 @@ def _slice(position: dict[str, int], corpus: str, tokens: int) -> r.Slice:
     start = position.get(corpus, 0)
     position[corpus] = start + tokens
     return r.Slice(start, tokens)
+
+
+def _check_corpus(name: str, held: int | None, asked: int, where: str) -> None:
+    if held is not None and held < asked:
+        raise SpecError(
+            f"{where}: {asked:,} tokens of corpus `{name}` are asked for up to this update, and its documents hold at "
+            f"most {held:,}: ask for fewer, or give a longer corpus"
+        )
 
 
 def _check_lora(lora: r.Lora, version: Version, where: str) -> None:

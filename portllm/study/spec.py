@@ -326,9 +326,17 @@ class StageResources(Strict):
         return self
 
 
+class CorpusResources(Strict):
+    """Resources of reading a corpus; never part of a key."""
+
+    threads: Count = 1
+    """Tokenise with so many."""
+
+
 class Resources(Strict):
     """Resources by stage."""
 
+    corpus: CorpusResources = CorpusResources()
     base: StageResources = StageResources()
     update: StageResources = StageResources()
     finetune: StageResources = StageResources()

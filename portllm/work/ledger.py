@@ -41,9 +41,16 @@ class Meter:
             "peak_flops": peak,
             "utilisation": round(arithmetic / max(spent * peak, 1e-9), 4),
             "energy_j": self._joules(),
-            **_memory(self.run),
+            **self.memory(),
             **_settings(engine, self.run),
         }
+
+    def memory(self) -> dict[str, int | None]:
+        """Largest resident and device memory since the meter started, in bytes."""
+        status = Path("/proc/self/status").read_text()
+        resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        device = None if self.run.device == "cpu" else torch.cuda.max_memory_allocated()
+        return {"peak_rss_bytes": resident, "peak_device_bytes": device}
 
     def _joules(self) -> float | None:
         now = _energy(self.run)
@@ -111,14 +118,6 @@ def _reset_peaks(run: RunContext) -> None:
         run.log("peak_rss_bytes counts from the start of the process: /proc/self/clear_refs cannot be written here")
     if run.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-
-
-def _memory(run: RunContext) -> dict[str, int | None]:
-    """Largest resident and device memory since the meter started, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    device = None if run.device == "cpu" else torch.cuda.max_memory_allocated()
-    return {"peak_rss_bytes": resident, "peak_device_bytes": device}
 
 
 def _energy(run: RunContext) -> float | None:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from portllm.work.head import Head, body
+from portllm.work.last_layer import LastLayer
 
 BLOCK_LOGITS = 2**25
 """Logits alive at once where the head must be called as a module: 128 MB in fp32."""
@@ -25,13 +26,16 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.head = Head(model)
+        self.last_layer = LastLayer(model)
 
     def forward(self, ids_BT: Tensor, rows_N: Tensor, targets_N: Tensor, blocks: int) -> Tensor:
         """Σ −log p(target), an fp32 scalar; 0 without targets, with a graph that still reaches the weights.
 
         `blocks` is the same on every rank, whatever its number of rows: ZeRO-3 gathers the head once per block.
         """
-        hidden_NH = body(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)[rows_N]
+        with self.last_layer.reading(rows_N, ids_BT.numel()):
+            hidden_BTH = body(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_NH = hidden_BTH.flatten(0, 1)[rows_N]
         if (parameters := self.head.parameters) is not None:
             return LinearLoss.apply(hidden_NH, *parameters, targets_N, self.head)
         if blocks == 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ WORTH = 0.2
 """Share of the tokens that a family must save: below it a second forward pass costs more than it saves."""
 HEADER = 32
 """Tokens that all families must share for a pass of their own."""
+PASS = 128
+"""Tokens that a forward pass costs besides its own: more padding than that is worth another pass."""
 
 Read = tuple[int, int, np.ndarray]
 """(request, first position, target tokens): the target after position p is read at p."""
@@ -210,12 +212,22 @@ def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[slice]:
-    """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one."""
-    start = 0
-    while start < len(lengths):
-        stop = start + max(1, budget // lengths[start])
-        yield slice(start, stop)
-        start = stop
+    """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one row.
+
+    The cheapest cut of all, Σ (rows × longest + PASS), by dynamic programming from the first row to the last.
+    """
+    count = len(lengths)
+    cost, begin = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=np.int64)
+    cost[0] = 0
+    for start, longest in enumerate(lengths):
+        rows = np.arange(1, min(max(1, budget // longest), count - start) + 1)
+        through, ends = cost[start] + rows * longest + PASS, start + rows
+        better = through < cost[ends]
+        cost[ends[better]], begin[ends[better]] = through[better], start
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(int(begin[cuts[-1]]))
+    yield from (slice(*pair) for pair in pairwise(reversed(cuts)))
 
 
 # ------------------------------------------------------------------------------------------------------ forward passes

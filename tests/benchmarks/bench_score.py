@@ -2,8 +2,8 @@
 
 HFLM runs at each of several batch sizes and counts at its best; both take turns, medians count. The bound is the time
 of the bare forward pass (no head) over the distinct inputs, without padding: it can be passed where inputs share their
-beginnings, and because the last layer runs only where it is read. `grid` compares one version × five patches × three tasks with fifteen
-`lm_eval run` processes.
+beginnings, and because the last layer runs only where it is read. `grid` compares one version × five patches × three
+tasks with fifteen `lm_eval run` processes.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from portllm.work.head import body
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCHES = (1, 8, 16, 32, 64)
+MEMORY = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Bytes that HFLM's logits may take: larger batches are left out."""
 SHAPES = {
     "15M, 32k vocabulary": (256, 768, 8, 32_000),
     "60M, 128k vocabulary": (384, 1152, 6, 128_000),
@@ -90,10 +92,10 @@ def bare(model: Any, inputs: set[tuple[int, ...]]) -> float:
 
 
 def rounds(arms: dict[Any, Callable[[], Any]]) -> dict[Any, tuple[float, Any, float]]:
-    """Each arm's (median seconds, result, peak GB) over rounds in which each had its turn: five, or a minute's worth."""
+    """Each arm's (median seconds, result, peak GB) over rounds where each has its turn: five, or 40 s of them."""
     found: dict[Any, list[tuple[float, Any, float]]] = {arm: [] for arm in arms}
     begun = time.perf_counter()
-    while not (runs := len(next(iter(found.values())))) or (runs < 5 and time.perf_counter() - begun < 60):
+    while not (runs := len(next(iter(found.values())))) or (runs < 5 and time.perf_counter() - begun < 40):
         for arm, work in arms.items():
             found[arm].append(timed(work))
     return {
@@ -109,7 +111,11 @@ def compare(name: str, make: Callable[[], Any], where: Path, task: str, limit: i
     ours = ScorerLM(model, tokenizer)
     getattr(ours, call)(flat[:8])
     arms = {0: lambda: getattr(ours, call)(flat)}
+    longest = max(map(len, tokenizer([request.args[0] for request in flat])["input_ids"]))
     for size in BATCHES:
+        # HFLM holds the logits of a batch, and their log-softmax beside them.
+        if 2 * size * longest * model.config.vocab_size * 4 > MEMORY:
+            continue
         theirs = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=model.config.max_position_embeddings
         )

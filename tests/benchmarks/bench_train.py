@@ -66,8 +66,26 @@ def ours(case: dict[str, Any], root: Path, where: Path, out: Path) -> float:
     from portllm.work.update import update
 
     stage, data = (finetune, "examples") if case["kind"] == "finetune" else (update, "corpus")
-    ledger = stage(recipe(case), {"root": root, data: where / data}, out, context(where))
+    run = context(where)
+    ledger = stage(recipe(case), {"root": root, data: where / data}, out, run)
+    gb = ledger["peak_rss_bytes"] / 1e9, expected(case, root, run.layout) / 1e9
+    print(f"  {case['model']} {case['kind']} {case['dtype']}: {gb[0]:.2f} GB, expected {gb[1]:.2f}, "
+          f"utilisation {ledger['utilisation']:.2f}", file=sys.stderr)  # fmt: skip
     return float(ledger["tokens_per_s"])
+
+
+def expected(case: dict[str, Any], root: Path, layout: Any) -> int:
+    """Bytes that a plan reckons with."""
+    from portllm.formats.tensors import model_tensors, storage_dtype
+    from portllm.resolve.shapes import from_tensors, load_config
+    from portllm.study.estimate import memory
+    from portllm.study.steps import Step
+
+    tensors = model_tensors(root)
+    shape = from_tensors(
+        {n: tuple(t.shape) for n, t in tensors.items()}, load_config(root / "config.json"), storage_dtype(tensors)
+    )
+    return memory(Step("", case["kind"], "", recipe(case), {}, layout), shape)
 
 
 def documents(case: dict[str, Any], where: Path) -> list[dict[str, Any]]:

@@ -154,6 +154,7 @@ def test_a_planted_overlap_is_dropped_from_the_corpus_and_counted(copy):
     write_corpus(copy.parent / "corpus.txt", documents=50, extra=("it was nice", f"hello {prompt} bye"))
     _, facts = open_study(copy)
     assert facts.corpora["c"].excluded == (51,)
+    assert facts.corpora["c"].most_tokens >= len((copy.parent / "corpus.txt").read_bytes())
     assert facts.notes == ("corpus c: 1 documents hold an evaluated prompt and are left out",)
 
 

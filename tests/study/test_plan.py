@@ -193,6 +193,15 @@ def test_excluded_documents_are_part_of_the_corpus():
     assert {s.stage for k, s in new.steps.items() if k not in old.steps} == {"corpus", "update", "finetune", "evaluate"}
 
 
+def test_more_tokens_than_a_corpus_can_hold_are_refused_and_chained_updates_count_together():
+    def corpus(most):
+        return {"c": CorpusFacts(given("corpus", "c"), format="parquet", rows=10, most_tokens=most)}
+
+    assert plan(corpora=corpus(2000)).steps
+    with pytest.raises(SpecError, match=r"updates\[0\]\.tokens: 2,000 tokens of corpus `c` .* at most 1,999"):
+        plan(corpora=corpus(1999))
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

@@ -188,6 +188,14 @@ def test_20_steps_equal_a_plain_pytorch_loop(reference: Any) -> None:
     np.testing.assert_allclose(toy.losses(reference[2]), plain_loop(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("trains", ["full", "lora"])
+def test_the_losses_are_those_of_the_committed_curve(trains: Any, tmp_path: Path) -> None:
+    """A refactoring of the loop moves no loss; another processor may, by rounding."""
+    toy.fit(tmp_path, trains=trains)
+    golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
+    np.testing.assert_allclose(toy.losses(tmp_path), golden[trains], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
