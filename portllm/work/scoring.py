@@ -23,7 +23,7 @@ import torch
 
 from portllm.errors import StageError
 from portllm.work.halving import in_halves
-from portllm.work.head import Head, body
+from portllm.work.head import POSITIONS, Head, body
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
 
@@ -82,6 +82,7 @@ def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
         scorer.forward_header(header)
         for batch in batches([len(family.stem.ids) - len(header) for family in families], budget):
             scorer.score(families[batch], budget)
+        scorer.finish()
     if not np.isfinite(scorer.scores).all():
         worst = int(np.argmin(np.isfinite(scorer.scores)))
         raise StageError(f"the score of document {requests.doc_ids[requests.documents[worst]]} is "
@@ -234,7 +235,7 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[slice]:
 
 
 class _Scorer:
-    """Forward passes, and the scores they add up to."""
+    """Forward passes, and the scores that what is read of them adds up to."""
 
     def __init__(self, model: Any, requests: int) -> None:
         self.model, self.head, self.last_layer = model, Head(model), LastLayer(model)
@@ -244,6 +245,8 @@ class _Scorer:
         self._header = 0
         self._cache: Any = None
         """Keys and values of the header, one row."""
+        self._read: list[tuple[torch.Tensor, Sequence[Read], np.ndarray]] = []
+        """Per pass (hidden states at the positions read [P, D], what is read, position of each target [T])."""
 
     def forward_header(self, ids: np.ndarray) -> None:
         """Keeps the header's keys and values for all that follows."""
@@ -254,17 +257,36 @@ class _Scorer:
             self._forward(ids_BS, [], past_key_values=self._cache, use_cache=True)
 
     def score(self, batch: Sequence[Family], budget: int) -> None:
-        """Scores a batch; where it does not fit into memory, its halves."""
+        """Forwards a batch; where it does not fit into memory, its halves."""
         self.halved += in_halves(batch, lambda part: self._undone(part, budget))
+        if sum(len(hidden_PD) for hidden_PD, _, _ in self._read) >= POSITIONS:
+            self.finish()
 
     def _undone(self, batch: Sequence[Family], budget: int) -> None:
-        """Scores a batch, or leaves the scores as they were."""
-        before = self.scores.copy(), self.greedy.copy()
+        """Forwards a batch, or leaves everything as it was."""
+        before = len(self._read)
         try:
             self._score(batch, budget)
         except BaseException:
-            self.scores, self.greedy = before
+            del self._read[before:]
             raise
+
+    def finish(self) -> None:
+        """Scores what was read of the passes so far; the head takes its time for a few positions, too."""
+        if not self._read:
+            return
+        hidden_PD = torch.cat([hidden_PD for hidden_PD, _, _ in self._read])
+        begins = np.cumsum([0, *(len(hidden) for hidden, _, _ in self._read)])
+        reads = [read for _, reads, _ in self._read for read in reads]
+        at_T = _joined([begin + at_T for begin, (_, _, at_T) in zip(begins, self._read, strict=False)])
+        targets_T = _joined([targets for *_, targets in reads])
+        logs_T, best_T = self.head.score(
+            hidden_PD, *(torch.from_numpy(a).to(hidden_PD.device) for a in (targets_T, at_T))
+        )
+        owner_T = np.repeat([request for request, *_ in reads], [len(targets) for *_, targets in reads])
+        np.add.at(self.scores, owner_T, logs_T.double().cpu().numpy())
+        np.logical_and.at(self.greedy, owner_T, best_T.cpu().numpy())
+        self._read = []
 
     def _score(self, batch: Sequence[Family], budget: int) -> None:
         stems = [family.stem for family in batch]
@@ -303,17 +325,12 @@ class _Scorer:
     def _forward(self, ids_BS: torch.Tensor, reads: Sequence[Read], **how: Any) -> None:
         """One forward pass, and what is read from it: each read's position is b · S + s."""
         device = self.model.device
-        spans = [np.arange(first, first + len(targets)) for _, first, targets in reads]
-        read_P, at_T = (torch.from_numpy(a).to(device) for a in np.unique(_joined(spans), return_inverse=True))
+        places, at_T = np.unique(_joined([np.arange(p, p + len(t)) for _, p, t in reads]), return_inverse=True)
+        read_P = torch.from_numpy(places).to(device)
         with self.last_layer.reading(read_P, ids_BS.numel()):
             hidden_BSD = body(self.model)(input_ids=ids_BS.to(device), **how).last_hidden_state
-        if not reads:
-            return
-        targets_T = torch.from_numpy(_joined([targets for *_, targets in reads])).to(device)
-        logs_T, best_T = self.head.score(hidden_BSD.flatten(0, 1)[read_P], targets_T, at_T)
-        owner_T = np.repeat([request for request, *_ in reads], [len(targets) for *_, targets in reads])
-        np.add.at(self.scores, owner_T, logs_T.double().cpu().numpy())
-        np.logical_and.at(self.greedy, owner_T, best_T.cpu().numpy())
+        if reads:
+            self._read.append((hidden_BSD.flatten(0, 1)[read_P], reads, at_T))
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache

@@ -92,10 +92,10 @@ def bare(model: Any, inputs: set[tuple[int, ...]]) -> float:
 
 
 def rounds(arms: dict[Any, Callable[[], Any]]) -> dict[Any, tuple[float, Any, float]]:
-    """Each arm's (median seconds, result, peak GB) over rounds where each has its turn: five, or 40 s of them."""
+    """Each arm's (median seconds, result, peak GB) over rounds where each has its turn: five, or 20 s of them."""
     found: dict[Any, list[tuple[float, Any, float]]] = {arm: [] for arm in arms}
     begun = time.perf_counter()
-    while not (runs := len(next(iter(found.values())))) or (runs < 5 and time.perf_counter() - begun < 40):
+    while not (runs := len(next(iter(found.values())))) or (runs < 5 and time.perf_counter() - begun < 20):
         for arm, work in arms.items():
             found[arm].append(timed(work))
     return {
