@@ -145,12 +145,13 @@ class Head:
             yield 0, self.whole(hidden_PD)
             return
         weight_VD, bias_V = self._module.weight, self._module.bias
-        for first in range(0, len(weight_VD), VOCABULARY):
-            block_VD = weight_VD[first : first + VOCABULARY]
+        size = max(VOCABULARY, POSITIONS * VOCABULARY // max(1, len(hidden_PD)))  # as many logits for few positions
+        for first in range(0, len(weight_VD), size):
+            block_VD = weight_VD[first : first + size]
             product_PV = self._buffer(weight_VD.dtype, len(hidden_PD), len(block_VD))
             torch.mm(hidden_PD, block_VD.T, out=product_PV)
             if bias_V is not None:
-                product_PV += bias_V[first : first + VOCABULARY]
+                product_PV += bias_V[first : first + size]
             logits_PV = self._buffer(torch.float32, *product_PV.shape)
             yield first, self._capped(logits_PV if logits_PV is product_PV else logits_PV.copy_(product_PV))
 

@@ -212,17 +212,17 @@ def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
     return families[0].stem.ids[:length] if length >= HEADER else nothing
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[slice]:
+def batches(lengths: Sequence[int], budget: int, passes: int = 1) -> Iterator[slice]:
     """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one row.
 
-    The cheapest cut of all, Σ (rows × longest + PASS), by dynamic programming from the first row to the last.
+    The cheapest cut of all, Σ (rows × longest + PASS × `passes`), by dynamic programming from first to last.
     """
     count = len(lengths)
     cost, begin = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=np.int64)
     cost[0] = 0
     for start, longest in enumerate(lengths):
         rows = np.arange(1, min(max(1, budget // longest), count - start) + 1)
-        through, ends = cost[start] + rows * longest + PASS, start + rows
+        through, ends = cost[start] + rows * longest + PASS * passes, start + rows
         better = through < cost[ends]
         cost[ends[better]], begin[ends[better]] = through[better], start
     cuts = [count]
