@@ -30,7 +30,10 @@ class ScorerLM(LM):
     """A loaded causal model and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, score_tokens: int = 2048, add_bos: bool | None = None) -> None:
-        """`score_tokens`: token budget of a forward pass. `add_bos`: None leaves it to the tokenizer, as HFLM does."""
+        """`score_tokens`: token budget of a scoring batch; one that generates fills eight.
+
+        `add_bos`: None leaves it to the tokenizer, as HFLM does.
+        """
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer

@@ -47,10 +47,10 @@ def lora_recipe(rank: int, alpha: float | None, targets: str | list[str]) -> r.L
 
 def layout_of(stage: str, study: Study, facts: Facts, lora: bool = False) -> Layout:
     """Resources of a stage, with the user's own DeepSpeed configuration."""
-    layout = Layout(**getattr(study.resources, stage).model_dump(exclude={"deepspeed"}))
-    where = f"resources.{stage}.zero"
+    resources = getattr(study.resources, stage)
+    layout, where = Layout(**resources.model_dump(exclude={"deepspeed"})), f"resources.{stage}.zero"
     if stage in facts.deepspeed:
-        where = f"resources.{stage}.deepspeed: {getattr(study.resources, stage).deepspeed}"
+        where = f"resources.{stage}.deepspeed: {resources.deepspeed}"
         layout = laid_over(layout, facts.deepspeed[stage], where)
     if lora and layout.zero == 3:
         raise SpecError(f"{where}: ZeRO-3 with LoRA can save empty adapters (peft #2892); use zero: 2")

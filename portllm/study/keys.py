@@ -19,7 +19,7 @@ STAGE_VERSIONS = {
     "corpus": 1,
     "requests": 1,
     "update": 1,
-    "finetune": 1,
+    "finetune": 2,
     "evaluate": 3,
     "export": 1,
     "diagnose": 1,

@@ -11,11 +11,11 @@ from typing import Any
 
 from portllm.errors import SpecError
 from portllm.study import recipes as r
-from portllm.study.complaints import did_you_mean
 from portllm.study.conversion import layout_of, lora_recipe, optimization, text_recipe
 from portllm.study.estimate import cost
 from portllm.study.facts import Facts, Given, TaskFacts
 from portllm.study.keys import step_key
+from portllm.study.limits import check_corpus, check_length, check_lora
 from portllm.study.resources import Layout
 from portllm.study.spec import (
     ApplyMode,
@@ -247,14 +247,14 @@ class _Planner:
             return self._given_version(lineage, i, update, version)
         assert update.corpus is not None and update.method is not None and update.tokens is not None
         where = f"lineages.{lineage}.updates[{i}]"
-        self._check_length(update.sequence_length, version, f"{where}.sequence_length")
+        check_length(update.sequence_length, version.facts, f"{where}.sequence_length")
         lora = lora_recipe(update.rank, update.alpha, update.targets) if update.method == "lora" else None
         if lora:
-            _check_lora(lora, version, where)
+            check_lora(lora, version.facts, where)
         replay = tuple(_slice(position, name, round(share * update.tokens)) for name, share in update.replay.items())
         own = _slice(position, update.corpus, update.tokens - sum(part.tokens for part in replay))
         for name in (update.corpus, *update.replay):
-            _check_corpus(name, self.facts.corpora[name].most_tokens, position[name], f"{where}.tokens")
+            check_corpus(name, self.facts.corpora[name].most_tokens, position[name], f"{where}.tokens")
         recipe = r.Update(
             method=update.method,
             tokens=own.tokens,
@@ -369,7 +369,7 @@ class _Planner:
     ) -> str:  # fmt: skip
         """A patch trained on a version, from nothing or, with fewer steps, from the patch `start`."""
         lora = lora_recipe(rank, fields.alpha, fields.targets)
-        _check_lora(lora, version, f"finetune (task {task.task})")
+        check_lora(lora, version.facts, f"finetune (task {task.task})")
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
             lora=lora,
@@ -435,41 +435,12 @@ class _Planner:
             label = f"export {lineage} t={version.t} {task.task} {arm}"
             self._add("export", r.Export(scales=(1.0,) * len(patches)), inputs, label, Layout(), **at)
 
-    # --- refusals that need shapes
-
-    def _check_length(self, length: int, version: Version, field: str) -> None:
-        shape = version.facts.shape if version.facts else None
-        if shape and 0 < shape.max_positions < length:
-            raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
-
 
 def _slice(position: dict[str, int], corpus: str, tokens: int) -> r.Slice:
     """The next tokens of a corpus in a lineage: chained updates take consecutive slices."""
     start = position.get(corpus, 0)
     position[corpus] = start + tokens
     return r.Slice(start, tokens)
-
-
-def _check_corpus(name: str, held: int | None, asked: int, where: str) -> None:
-    if held is not None and held < asked:
-        raise SpecError(
-            f"{where}: {asked:,} tokens of corpus `{name}` are asked for up to this update, and its documents hold at "
-            f"most {held:,}: ask for fewer, or give a longer corpus"
-        )
-
-
-def _check_lora(lora: r.Lora, version: Version, where: str) -> None:
-    """What a shape tells: a rank that is no longer low, a target that matches no module."""
-    shape = version.facts.shape if version.facts else None
-    if shape is None:
-        return
-    if 0 < shape.hidden < lora.rank:
-        raise SpecError(
-            f"{where}: rank {lora.rank} is larger than the model's width of {shape.hidden}: no longer low-rank"
-        )
-    for target in () if isinstance(lora.targets, str) else lora.targets:
-        if shape.modules and target.rsplit(".", 1)[-1] not in shape.modules:
-            raise SpecError(f"{where}: LoRA target `{target}` matches no module{did_you_mean(target, shape.modules)}")
 
 
 def _suffix(rank: int | None, seed: int | None) -> str:

@@ -298,7 +298,8 @@ class EvaluateSettings(Strict):
     apply: Annotated[list[ApplyMode], one_or_more(ApplyMode), Field(min_length=1)] = ["merged"]
     dtype: Dtype = "float32"
     score_tokens: Count = 2048
-    """Token budget of a scoring batch. Part of the recipe: composition moves last bits."""
+    """Token budget of a scoring batch; one that generates fills eight with prompts and texts. Part of the recipe:
+    composition moves last bits."""
 
 
 class StageResources(Strict):

@@ -61,8 +61,8 @@ def flops(model: Any, tokens: int, targets: int) -> float:
     """Floating-point operations that the model itself asks for, without what is computed twice.
 
     Per token 2 for each weight forward, 2 for the gradient of its input, 2 more where the weight is trained; the head
-    at the targets only; nothing for looking up an embedding. Attention's own products are left out: below 5 % at the
-    lengths of the tasks.
+    at the targets only, the last layer everywhere; nothing for looking up an embedding. Attention's own products are
+    left out: below 5 % at the lengths of the tasks.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = {id(p) for module in (embedding, head) if module is not None for p in module.parameters()}

@@ -8,7 +8,7 @@ not fit it is tried again with half the layers, and its line says so.
 The last line divides the device memory of LoRA fine-tuning by that of holding the model and adding the patch in place.
 The paper's 12.2x compares fine-tuning with porting too; how its memory was measured is not told.
 
-`--layers`, `--hidden` and `--device cpu` make it small: the same lines, to see that the script itself works.
+`--layers 2 --hidden 256 --device cpu` makes it small, in float32: the same lines, to see that the script itself works.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,26 @@ def context(work: Path, device: str) -> Any:
     from portllm.work.versions import Versions
 
     layout = Layout(threads=8, gpus=int(device != "cpu"), micro_tokens=8192, gradient_checkpointing=True)
-    return RunContext(work / "scratch", Versions(), layout, device=device)
+    log = partial(print, file=sys.stderr)
+    return RunContext(work / "scratch", Versions(), layout, device=device, log=log)
 
 
-def optimization() -> Any:
+def dtype_on(device: str) -> Any:
+    """Most CPUs have no units for bfloat16."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def optimization(device: str) -> Any:
     from portllm.study.recipes import Optimization
 
-    return Optimization(learning_rate=1e-5, batch=BATCH, seed=0, dtype="bfloat16")
+    return Optimization(learning_rate=1e-5, batch=BATCH, seed=0, dtype=dtype_on(device))
 
 
 def full_update(work: Path, out: Path, device: str) -> dict[str, Any]:
     from portllm.study.recipes import Update
     from portllm.work.update import update
 
-    recipe = Update("full", tokens=TOKENS, sequence_length=LENGTH, optimization=optimization())
+    recipe = Update("full", tokens=TOKENS, sequence_length=LENGTH, optimization=optimization(device))
     return update(recipe, {"root": work / "model", "corpus": work / "corpus"}, out, context(work, device))
 
 
@@ -95,7 +102,7 @@ def patch(work: Path, out: Path, device: str) -> dict[str, Any]:
     from portllm.work.finetune import finetune
 
     inputs = {"root": work / "model", "examples": work / "examples"}
-    ledger = finetune(Finetune(Lora(8, 16), optimization(), epochs=1.0), inputs, out, context(work, device))
+    ledger = finetune(Finetune(Lora(8, 16), optimization(device), epochs=1.0), inputs, out, context(work, device))
     shutil.copytree(out, work / "patch")
     return ledger
 
@@ -107,7 +114,7 @@ def in_place(work: Path, out: Path, device: str) -> dict[str, Any]:
     from portllm.work.ledger import Meter
 
     run = context(work, device)
-    resident = run.open({"root": work / "model"}, "bfloat16")
+    resident = run.open({"root": work / "model"}, dtype_on(device))
     meter, begun = Meter(run), time.perf_counter()
     with resident.applied([(work / "patch", 1.0)]):
         if device != "cpu":

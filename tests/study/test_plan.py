@@ -193,6 +193,12 @@ def test_excluded_documents_are_part_of_the_corpus():
     assert {s.stage for k, s in new.steps.items() if k not in old.steps} == {"corpus", "update", "finetune", "evaluate"}
 
 
+def test_a_corpus_is_tokenised_with_its_own_threads_and_keeps_its_key():
+    old, new = plan(), plan("resources.corpus.threads=4")
+    assert old.steps.keys() == new.steps.keys()
+    assert {step.layout.threads for step in new.steps.values() if step.stage == "corpus"} == {4}
+
+
 def test_more_tokens_than_a_corpus_can_hold_are_refused_and_chained_updates_count_together():
     def corpus(most):
         return {"c": CorpusFacts(given("corpus", "c"), format="parquet", rows=10, most_tokens=most)}

@@ -1,0 +1,36 @@
+"""What a model and a corpus cannot give, as far as their facts tell: refused while planning, not after an hour."""
+
+from portllm.errors import SpecError
+from portllm.study.complaints import did_you_mean
+from portllm.study.facts import ModelFacts
+from portllm.study.recipes import Lora
+
+
+def check_length(length: int, model: ModelFacts | None, field: str) -> None:
+    """A sequence longer than the model reads."""
+    shape = model.shape if model else None
+    if shape and 0 < shape.max_positions < length:
+        raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
+
+
+def check_corpus(name: str, held: int | None, asked: int, field: str) -> None:
+    """More tokens than a corpus can hold (`CorpusFacts.most_tokens`)."""
+    if held is not None and held < asked:
+        raise SpecError(
+            f"{field}: {asked:,} tokens of corpus `{name}` are asked for up to this update, and its documents hold at "
+            f"most {held:,}: ask for fewer, or give a longer corpus"
+        )
+
+
+def check_lora(lora: Lora, model: ModelFacts | None, where: str) -> None:
+    """A rank that is no longer low, a target that matches no module."""
+    shape = model.shape if model else None
+    if shape is None:
+        return
+    if 0 < shape.hidden < lora.rank:
+        raise SpecError(
+            f"{where}: rank {lora.rank} is larger than the model's width of {shape.hidden}: no longer low-rank"
+        )
+    for target in () if isinstance(lora.targets, str) else lora.targets:
+        if shape.modules and target.rsplit(".", 1)[-1] not in shape.modules:
+            raise SpecError(f"{where}: LoRA target `{target}` matches no module{did_you_mean(target, shape.modules)}")
