@@ -117,7 +117,9 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory: 500 documents a task")
     parser.add_argument("--limit", type=int, help="documents a task; default: all")
     parser.add_argument("--models", default="", help="substring of the models' names")
+    parser.add_argument("--tasks", default=",".join((*CHOICES, "gsm8k")))
     arguments = parser.parse_args()
+    asked = arguments.tasks.split(",")
     logging.disable(logging.WARNING)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print("| model | task | documents | largest difference | near ties | differ | metrics |")
@@ -129,6 +131,8 @@ def main() -> None:
             limit = 500 if name.startswith("Gemma 3") else arguments.limit
             cases = [(task, limit, None) for task in CHOICES] + [("gsm8k", min(200, limit or 200), n) for n in (0, 5)]
             for task, count, shots in cases if arguments.models in name else []:
+                if task not in asked:
+                    continue
                 found = compare(model, task, count, shots)
                 holds &= found.holds
                 label = f"{task}, {shots} shots" if shots is not None else task
