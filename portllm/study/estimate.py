@@ -22,6 +22,8 @@ DOCUMENTS = 2000
 """Evaluated documents of a task whose data are not at hand."""
 PROCESS = 700_000_000
 """Bytes of a worker process that has imported torch, transformers and DeepSpeed."""
+LOGITS = 2**26
+"""Logits that a training makes at once (`work/head.py`)."""
 ACTIVATIONS = 1.5
 """Kept activations over the inputs and outputs of the linear modules: norms, gates and attention come on top."""
 STEP_SECONDS = 0.5
@@ -82,13 +84,14 @@ def memory(step: Step, shape: Shape) -> int:
 
 
 def _activations(step: Step, shape: Shape) -> int:
-    """Of a forward pass that is kept for the backward one: inputs and outputs of every linear module, a token each."""
+    """Of a forward pass kept for the backward one: inputs and outputs of every linear module, a token each; logits."""
     if getattr(step.recipe, "optimization", None) is None:
         return 0
     a_token = sum(rows + columns for rows, columns in shape.linear)
     if step.layout.gradient_checkpointing and shape.layers:
         a_token = a_token // shape.layers + shape.layers * shape.hidden
-    return int(ACTIVATIONS * step.layout.budget * a_token * BYTES[_dtype(step, shape)])
+    logits = min(LOGITS, step.layout.budget * shape.vocabulary)
+    return int((ACTIVATIONS * step.layout.budget * a_token + logits) * BYTES[_dtype(step, shape)])
 
 
 def _state(step: Step, shape: Shape) -> int:

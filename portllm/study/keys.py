@@ -15,12 +15,12 @@ from typing import Any
 from portllm.errors import SpecError
 
 STAGE_VERSIONS = {
-    "base": 1,
+    "base": 2,
     "corpus": 1,
     "requests": 1,
-    "update": 1,
-    "finetune": 2,
-    "evaluate": 3,
+    "update": 2,
+    "finetune": 3,
+    "evaluate": 4,
     "export": 1,
     "diagnose": 1,
 }

@@ -1,6 +1,9 @@
 """Greedy generation with stop sequences, the text `HFLM.generate_until` returns.
 
-Prompts of similar length share a batch, padded on the left; a row leaves its batch as soon as it is done.
+Prompts of similar length share a batch, padded on the left; a row leaves its batch as soon as it is done. A pass also
+checks guesses of the tokens after the next one (`drafts.py`): texts that repeat themselves take few passes.
+
+Shape suffixes: B rows of a batch, S tokens of a pass, L tokens seen so far, R tokens of a pass that are read.
 """
 
 from __future__ import annotations
@@ -13,17 +16,20 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.work.drafts import LONGEST, Draft, length
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import batches, max_length
+from portllm.work.scoring import attention_window, batches, max_length
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
 ROWS = 8
 """Token budgets that a batch fills with prompts and their texts: a pass for one more token takes nearly as long for a
 dozen rows as for fifty."""
+GAPS = 32
+"""Columns of wrong guesses that are only masked: moving everything costs about what a pass does."""
 _PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
           "suppress_tokens": [], "bad_words_ids": [], "forced_eos_token_id": None}  # fmt: skip
 """Settings of a generation_config.json that would move a greedy choice, and their values that do not."""
@@ -107,41 +113,98 @@ def _batches(requests: RequestSet, room: int, new: int, budget: int) -> Iterator
 def _continue(
     model: Any, head: Head, last_layer: LastLayer, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops
 ) -> list[list[int]]:
-    """New token ids of each prompt, one forward pass a token for all rows that still run."""
-    from transformers import DynamicCache
-
-    ids_BS, mask_BS = _left_padded(prompts, model.device)
-    cache = DynamicCache(config=model.config)
-    texts: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
-    for _ in range(stops.tokens):
-        positions = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        last_B = ids_BS.shape[1] * torch.arange(1, len(ids_BS) + 1, device=ids_BS.device) - 1
-        with last_layer.reading(last_B, ids_BS.numel()):
-            hidden_BSD = body(model)(
-                input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-        chosen = head.best(hidden_BSD[:, -1]).tolist()
-        for row, token in zip(running, chosen, strict=True):
-            texts[row].append(token)
-        keep = [b for b, row in enumerate(running) if not _done(texts[row], tokenizer, stops)]
+    """New token ids of each prompt: every pass adds one token to all rows that still run, and those guessed right."""
+    cache, forgets = _new_cache(model)
+    drafts = running = [Draft(ids.tolist()) for ids in prompts]
+    guesses: list[list[int]] = [[] for _ in drafts]
+    ids_BS, mask_BL = _padded(prompts, model.device, left=True)
+    read = 1
+    while True:
+        chosen_BR = _choose(model, head, last_layer, ids_BS, mask_BL, cache, read)
+        grown = [_grow(*row, tokenizer, stops) for row in zip(running, guesses, chosen_BR, strict=True)]
+        keep = [b for b, (_, done) in enumerate(grown) if not done]
         if not keep:
-            break
-        kept = torch.tensor(keep, device=model.device)
-        if len(keep) < len(running):
-            cache.batch_select_indices(kept)
+            return [draft.text for draft in drafts]
+        if any(guesses):
+            gained_B = torch.tensor([gained for gained, _ in grown], device=model.device)
+            mask_BL[:, -read:] = torch.arange(read, device=model.device) < gained_B[:, None]
+        mask_BL = _tidy(cache, mask_BL, keep, attention_window(model))
         running = [running[b] for b in keep]
-        ids_BS = torch.tensor([[chosen[b]] for b in keep], device=model.device)
-        mask_BS = torch.cat([mask_BS[kept], mask_BS.new_ones(len(keep), 1)], dim=1)
-    return texts
+        rooms = [stops.tokens - len(draft.text) - 1 for draft in running]
+        count = length([draft.chance for draft in running], min(LONGEST, max(rooms)) if forgets else 0)
+        guesses = [draft.guess(min(count, room)) for draft, room in zip(running, rooms, strict=True)]
+        going_on = [np.array([draft.ids[-1], *guess]) for draft, guess in zip(running, guesses, strict=True)]
+        ids_BS, new_BS = _padded(going_on, model.device)
+        mask_BL, read = torch.cat([mask_BL, new_BS], dim=1), ids_BS.shape[1]
 
 
-def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(ids) for ids in prompts)
-    ids_BS, mask_BS = np.zeros((2, len(prompts), longest), dtype=np.int64)
-    for b, ids in enumerate(prompts):
-        ids_BS[b, longest - len(ids) :] = ids
-        mask_BS[b, longest - len(ids) :] = 1
+def _choose(
+    model: Any, head: Head, last_layer: LastLayer, ids_BS: torch.Tensor, mask_BL: torch.Tensor, cache: Any, read: int
+) -> list[list[int]]:
+    """The most likely next token after each of the last `read` tokens of every row: [B][R]."""
+    positions = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+    places = torch.arange(ids_BS.numel(), device=ids_BS.device).view(ids_BS.shape)[:, -read:].flatten()
+    with last_layer.reading(places, ids_BS.numel()):
+        hidden_BSD = body(model)(
+            input_ids=ids_BS, attention_mask=mask_BL, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+    chosen: list[list[int]] = head.best(hidden_BSD.flatten(0, 1)[places]).view(-1, read).tolist()
+    return chosen
+
+
+def _grow(draft: Draft, guess: Sequence[int], chosen: Sequence[int], tokenizer: Any, stops: Stops) -> tuple[int, bool]:
+    """(tokens the text gains, whether it has ended): the guessed ones that were chosen, and the choice after them."""
+    right = 0
+    while right < len(guess) and guess[right] == chosen[right]:
+        right += 1
+    for gained, token in enumerate(chosen[: right + 1], start=1):
+        draft.append(token)
+        if len(draft.text) == stops.tokens or _done(draft.text, tokenizer, stops):
+            return gained, True
+    return right + 1, False
+
+
+def _new_cache(model: Any) -> tuple[Any, bool]:
+    """An empty cache, and whether it can forget tokens: where every layer keeps the keys and values of all of them.
+
+    A recurrent state cannot go back, and attention in chunks counts columns.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config)
+    forgets = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    forgets = forgets and not getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    return (DynamicCache() if forgets else cache), forgets
+
+
+def _tidy(cache: Any, mask_BL: torch.Tensor, keep: Sequence[int], window: int | None) -> torch.Tensor:
+    """Takes rows that have ended out of the cache: the mask of what is left.
+
+    Wrong guesses are only masked, until a row has many of them or a sliding window would count them.
+    """
+    if len(keep) < len(mask_BL):
+        rows = torch.tensor(keep, device=mask_BL.device)
+        cache.batch_select_indices(rows)
+        mask_BL = mask_BL[rows]
+    columns, longest = mask_BL.shape[1], int(mask_BL.sum(dim=1).max())
+    if columns - longest <= GAPS and not (window is not None and columns > window):
+        return mask_BL
+    if not (mask_BL[:, :-1] > mask_BL[:, 1:]).any():
+        return mask_BL
+    order_BL = mask_BL.argsort(dim=1, stable=True)[:, -longest:]
+    rows_B1 = torch.arange(len(mask_BL), device=mask_BL.device)[:, None]
+    for layer in cache.layers:
+        layer.keys, layer.values = (kept[rows_B1, :, order_BL].transpose(1, 2) for kept in (layer.keys, layer.values))
+    return mask_BL.gather(1, order_BL)
+
+
+def _padded(rows: Sequence[np.ndarray], device: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask of what is no padding), int64 [B, S]."""
+    longest = max(len(ids) for ids in rows)
+    ids_BS, mask_BS = np.zeros((2, len(rows), longest), dtype=np.int64)
+    for b, ids in enumerate(rows):
+        place = slice(longest - len(ids), None) if left else slice(len(ids))
+        ids_BS[b, place], mask_BS[b, place] = ids, 1
     return torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device)
 
 

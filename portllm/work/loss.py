@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T tokens, N positions with a target, H hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from portllm.work.last_layer import LastLayer
 
 BLOCK_LOGITS = 2**25
 """Logits alive at once where the head must be called as a module: 128 MB in fp32."""
+
+BLOCK_ROWS = 2**14
+"""Rows of the head's gradient that a product adds to: its result is a copy as large as they are."""
 
 
 class SummedLoss(nn.Module):
@@ -50,8 +54,8 @@ class SummedLoss(nn.Module):
 class LinearLoss(torch.autograd.Function):
     """The loss through a linear head whose weights are at hand.
 
-    The gradients are made in the forward pass, while a block of the vocabulary is in the cache: no logits are kept and
-    the weight's gradient is made once, in place (through autograd and checkpoints, once for every block of rows).
+    The gradients are made in the forward pass, from logits that are made once and never kept: two products with a head
+    that is frozen, three with one that trains (through autograd and checkpoints three and four).
     """
 
     @staticmethod
@@ -64,15 +68,15 @@ class LinearLoss(torch.autograd.Function):
         ]
         of_hidden, of_weight, of_bias = sums
         loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        for here, log_P, first, slope_PV in head.slopes(hidden_NH, targets_N):
+        for here, log_P, slope_PV in head.slopes(hidden_NH, targets_N):
             loss -= log_P.sum(dtype=torch.float64)
-            block, slope = slice(first, first + slope_PV.shape[1]), slope_PV.to(weight_VH.dtype)
             if of_hidden is not None:
-                of_hidden[here] += slope @ weight_VH[block]
+                of_hidden[here] = slope_PV @ weight_VH
             if of_weight is not None:
-                of_weight[block] += slope.T @ hidden_NH[here]
+                for block in _blocks(len(weight_VH)):
+                    of_weight[block] += slope_PV[:, block].T @ hidden_NH[here]
             if of_bias is not None:
-                of_bias[block] += slope_PV.sum(dim=0)
+                of_bias += slope_PV.sum(dim=0, dtype=torch.float32)
         owners = (hidden_NH, weight_VH, bias_V)
         ctx.gradients = [s if x is None or s is None else s.to(x.dtype) for s, x in zip(sums, owners, strict=True)]
         return loss.float()
@@ -81,6 +85,10 @@ class LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return (*(g if g is None else g.mul_(scale) for g in ctx.gradients), None, None)
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    yield from (slice(first, first + BLOCK_ROWS) for first in range(0, count, BLOCK_ROWS))
 
 
 def vocabulary(model: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from portllm.errors import StageError
-from portllm.work import head
+from portllm.work import generating, head
 from portllm.work.generating import generate
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
@@ -301,6 +301,20 @@ def test_generated_text_is_that_of_each_prompt_alone(kind):
     made = generate(model, Words(), request_set(prompts(), **generation()), budget=100)
     assert made.texts == [Words().decode(alone(model, p), True) for p, _ in prompts()]
     assert (made.truncated, made.halved) == (0, 0) and len(set(made.texts)) > 3
+
+
+@pytest.mark.parametrize("gaps", [0, 32])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
+def test_guessed_tokens_save_passes_and_change_no_text(kind, gaps, monkeypatch):
+    model, passes = tiny(kind), []
+    again = [(context[:6] * 3, []) for context, _ in prompts(6)]
+    expected = [Words().decode(alone(model, p, 40), True) for p, _ in again]
+    forward = body(model).forward
+    monkeypatch.setattr(body(model), "forward", lambda *a, **named: passes.append(named) or forward(*a, **named))
+    monkeypatch.setattr(generating, "GAPS", gaps)
+    made = generate(model, Words(), request_set(again, **generation(max_gen_toks=40)), budget=1000)
+    assert made.texts == expected and (kind == "mistral" or len(passes) < 35)  # its texts hardly repeat themselves
+    assert any(named["input_ids"].shape[1] > 1 for named in passes[1:])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -113,8 +113,9 @@ def test_the_loss_in_blocks_has_cross_entropy_s_value_and_gradients(
     logits = model.lm_head(model.model(input_ids=ids).last_hidden_state.flatten(0, 1)[rows])
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     whole = cross_entropy(logits, targets, reduction="sum")
-    monkeypatch.setattr(head, "VOCABULARY", 7)
-    monkeypatch.setattr(head, "POSITIONS", 5)
+    words = len(model.lm_head.weight)
+    for module, name, size in ((head, "LOGITS", 5 * words), (head, "CACHED", 2 * words), (losses_of, "BLOCK_ROWS", 7)):
+        monkeypatch.setattr(module, name, size)
     blocks = loss(ids, rows, targets, 1)
     assert blocks.item() == pytest.approx(whole.item(), rel=1e-6)
     torch.testing.assert_close(gradients(blocks), gradients(whole), rtol=1e-4, atol=1e-5)
