@@ -19,9 +19,9 @@ from portllm.errors import StageError
 Batch = list[int]
 """Ids of sequences."""
 
-PAD_MULTIPLE = 16
-"""Lengths are rounded up to it: each new shape costs the CPU anew (Gemma 3 270M: 300 tokens/s at random lengths, 600
-sorted and rounded)."""
+PAD_MULTIPLE = 8
+"""Lengths are rounded up to it: each new shape costs the CPU anew (0.2 s in bf16 with Gemma 3 270M, a step takes 1 s).
+Of SST-2's padded tokens 87 % are its own with 6 shapes; of multiples of 16 74 % with 4, of 4 93 % with 11."""
 WINDOW = 50
 """Batches within which examples are sorted by length."""
 

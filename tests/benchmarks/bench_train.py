@@ -144,7 +144,7 @@ def trainer(case: dict[str, Any], root: Path, where: Path, out: Path, deepspeed:
         def on_train_end(self, *arguments: Any, **named: Any) -> None:
             clock["ended"] = time.perf_counter()
 
-    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16 if case["kind"] == "finetune" else None)
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8 if case["kind"] == "finetune" else None)
     Trainer(model, arguments, data_collator=collator, train_dataset=rows, callbacks=[Clock()]).train()
     return sum(len(row["input_ids"]) for row in rows) / (clock["ended"] - clock["begun"])
 
@@ -215,7 +215,7 @@ def cases(dtypes: list[str], gemma: bool) -> dict[str, dict[str, Any]]:
     size = {"batch": 8, "length": 256}
     for dtype in dtypes:
         home, real = {"model": "home", "dtype": dtype}, {"model": "gemma", "dtype": dtype}
-        found[f"home-12M, full update, {dtype}"] = {"kind": "update", "method": "full", "steps": 20, **size, **home}
+        found[f"home-12M, full update, {dtype}"] = {"kind": "update", "method": "full", "steps": 10, **size, **home}
         found[f"home-12M, LoRA on SST-2, {dtype}"] = {
             "kind": "finetune", "method": "lora", "steps": 60, "batch": 16, **home
         }  # fmt: skip
