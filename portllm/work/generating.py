@@ -180,14 +180,14 @@ def _new_cache(model: Any) -> tuple[Any, bool]:
 def _tidy(cache: Any, mask_BL: torch.Tensor, keep: Sequence[int], window: int | None) -> torch.Tensor:
     """Takes rows that have ended out of the cache: the mask of what is left.
 
-    Wrong guesses are only masked, until a row has many of them or a sliding window would count them.
+    Wrong guesses are only masked, until a row has many of them or a sliding window would count them in the next pass.
     """
     if len(keep) < len(mask_BL):
         rows = torch.tensor(keep, device=mask_BL.device)
         cache.batch_select_indices(rows)
         mask_BL = mask_BL[rows]
     columns, longest = mask_BL.shape[1], int(mask_BL.sum(dim=1).max())
-    if columns - longest <= GAPS and not (window is not None and columns > window):
+    if columns - longest <= GAPS and not (window is not None and columns + LONGEST >= window):
         return mask_BL
     if not (mask_BL[:, :-1] > mask_BL[:, 1:]).any():
         return mask_BL

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -304,9 +304,12 @@ def test_generated_text_is_that_of_each_prompt_alone(kind):
 
 
 @pytest.mark.parametrize("gaps", [0, 32])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
-def test_guessed_tokens_save_passes_and_change_no_text(kind, gaps, monkeypatch):
-    model, passes = tiny(kind), []
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("gpt2", {}), *product(("mistral", "gemma2", "gemma3"), ({}, {"sliding_window": 32}))],
+)
+def test_guessed_tokens_save_passes_and_change_no_text(kind, changes, gaps, monkeypatch):
+    model, passes = tiny(kind, **changes), []
     again = [(context[:6] * 3, []) for context, _ in prompts(6)]
     expected = [Words().decode(alone(model, p, 40), True) for p, _ in again]
     forward = body(model).forward
