@@ -132,24 +132,18 @@ quickstart: env
 	$(VENV)/bin/portllm results $(STUDY)
 	$(VENV)/bin/portllm report $(STUDY)
 
-# Tests that start clusters wait more than they compute (two thirds of both cores are idle): they run in two lanes of
-# their own beside the others.
-ENGINE := tests/engine
-STUDIES := tests/test_failures.py tests/test_main_job.py
+# Tests that start clusters wait more than they compute (two thirds of both cores are idle): the others run beside them.
+CLUSTERS := tests/engine tests/test_failures.py tests/test_main_job.py
 
 test: env lint
-	@logs=$$(mktemp -d)
-	$(PY) -m pytest $(ENGINE) > $$logs/engine 2>&1 &
-	engine=$$!
-	$(PY) -m pytest $(STUDIES) > $$logs/studies 2>&1 &
-	studies=$$!
-	trap 'kill $$engine $$studies 2>/dev/null || true; rm -rf $$logs' EXIT
+	@log=$$(mktemp)
+	$(PY) -m pytest $(CLUSTERS) > $$log 2>&1 &
+	clusters=$$!
+	trap 'kill $$clusters 2>/dev/null || true; rm -f $$log' EXIT
 	$(VENV)/bin/mypy
-	$(PY) -m pytest $(addprefix --ignore=,$(ENGINE) $(STUDIES))
-	for lane in engine studies; do
-		wait $${!lane} || { cat $$logs/$$lane; exit 1; }
-		tail -n 20 $$logs/$$lane
-	done
+	$(PY) -m pytest $(addprefix --ignore=,$(CLUSTERS))
+	wait $$clusters || { cat $$log; exit 1; }
+	tail -n 20 $$log
 
 test-long: env
 	@$(PY) -m pytest -m long
