@@ -63,7 +63,7 @@ def _flops(step: Step, shape: Shape, facts: Facts, steps: Mapping[str, Step]) ->
         limit = getattr(steps[step.inputs["examples"]].recipe, "examples", None)
         examples = min(examples, limit or examples)
         seen = recipe.steps * recipe.optimization.batch if recipe.steps else examples * (recipe.epochs or 1.0)
-        return 4.0 * _body(shape) * seen * DOCUMENT_TOKENS
+        return 4.0 * _body(shape) * seen * recipe.share * DOCUMENT_TOKENS
     if isinstance(recipe, Evaluate) and task:
         limit = getattr(steps[step.inputs["requests"]].recipe, "limit", None)
         documents = task.documents if task.documents is not None else DOCUMENTS
@@ -90,8 +90,9 @@ def _activations(step: Step, shape: Shape) -> int:
     a_token = sum(rows + columns for rows, columns in shape.linear)
     if step.layout.gradient_checkpointing and shape.layers:
         a_token = a_token // shape.layers + shape.layers * shape.hidden
-    logits = min(LOGITS, step.layout.budget * shape.vocabulary)
-    return int((ACTIVATIONS * step.layout.budget * a_token + logits) * BYTES[_dtype(step, shape)])
+    tokens = max(step.layout.budget, getattr(step.recipe, "sequence_length", 0))  # a pass holds one sequence at least
+    logits = min(LOGITS, tokens * shape.vocabulary)
+    return int((ACTIVATIONS * tokens * a_token + logits) * BYTES[_dtype(step, shape)])
 
 
 def _state(step: Step, shape: Shape) -> int:

@@ -8,6 +8,7 @@ Shape suffixes: B rows of a batch, S tokens of a pass, L tokens seen so far, R t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import attention_window, batches, max_length
+from portllm.work.scoring import attention_window, batches, keeps_all, max_length
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
@@ -70,6 +71,9 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> T
     if room < 1:
         raise StageError(f"task `{requests.meta['task']}` generates up to {stops.room} tokens, and the model's "
                          f"window of {room + stops.room} leaves no room for a prompt")  # fmt: skip
+    if "past_key_values" not in inspect.signature(type(body(model)).forward).parameters:
+        raise StageError(f"`{model.config.model_type}` keeps no keys and values between passes: it is scored by "
+                         f"likelihoods only, not by what it generates")  # fmt: skip
     head, last_layer = Head(model), LastLayer(model)
     texts = [""] * len(requests)
 
@@ -165,16 +169,11 @@ def _grow(draft: Draft, guess: Sequence[int], chosen: Sequence[int], tokenizer: 
 
 
 def _new_cache(model: Any) -> tuple[Any, bool]:
-    """An empty cache, and whether it can forget tokens: where every layer keeps the keys and values of all of them.
+    """An empty cache, and whether it can forget tokens."""
+    from transformers import DynamicCache
 
-    A recurrent state cannot go back, and attention in chunks counts columns.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    cache = DynamicCache(config=model.config)
-    forgets = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    forgets = forgets and not getattr(model.config.get_text_config(), "attention_chunk_size", None)
-    return (DynamicCache() if forgets else cache), forgets
+    forgets = keeps_all(model)
+    return (DynamicCache() if forgets else DynamicCache(config=model.config)), forgets
 
 
 def _tidy(cache: Any, mask_BL: torch.Tensor, keep: Sequence[int], window: int | None) -> torch.Tensor:

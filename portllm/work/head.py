@@ -78,13 +78,15 @@ class Head:
         return torch.cat([logits_PV.clone() for _, logits_PV in self._blocks(hidden_PD)], dim=1)
 
     def best(self, hidden_PD: torch.Tensor) -> torch.Tensor:
-        """The most likely token per position, the first of equals: int64 [P]."""
+        """The most likely token per position, the first of equals: int64 [P]. StageError for logits not finite."""
         top_P = hidden_PD.new_full((len(hidden_PD),), -torch.inf, dtype=torch.float32)
         best_P = torch.zeros(len(hidden_PD), dtype=torch.int64, device=hidden_PD.device)
         for first, logits_PV in self._blocks(hidden_PD):
             block_P, where_P = logits_PV.max(dim=1)
             best_P = torch.where(block_P > top_P, where_P + first, best_P)
-            top_P = torch.maximum(top_P, block_P)
+            top_P = torch.maximum(top_P, block_P)  # NaN where a block holds one
+        if not torch.isfinite(top_P).all():
+            raise StageError("logits are not finite: the weights hold such values, or overflow in this dtype")
         return best_P
 
     def score(

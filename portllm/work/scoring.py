@@ -13,6 +13,7 @@ Shape suffixes: B rows of a batch, S its longest input, D hidden size, P read po
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -75,10 +76,12 @@ def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
     Raises StageError for an architecture whose logits are more than head(body(x)), and for scores that are not finite.
     """
     rows, truncated = plan_rows(requests, max_length(model, requests))
-    families = plan_families(rows, requests)
+    shares = keeps_all(model)
+    families = plan_families(rows, requests) if shares else [Family(row) for row in rows]
+    families.sort(key=lambda family: -len(family.stem.ids))
     scorer = _Scorer(model, len(requests))
     with torch.inference_mode():
-        header = shared_header(families, attention_window(model))
+        header = shared_header(families if shares else [], attention_window(model))
         scorer.forward_header(header)
         for batch in batches([len(family.stem.ids) - len(header) for family in families], budget):
             scorer.score(families[batch], budget)
@@ -153,7 +156,7 @@ def plan_families(rows: Sequence[Row], requests: RequestSet) -> list[Family]:
     families: list[Family] = []
     for _, members in groupby(ordered, key=lambda row: document[id(row)]):
         families += _family(list(members))
-    return sorted(families, key=lambda family: -len(family.stem.ids))
+    return families
 
 
 def _family(rows: Sequence[Row]) -> Iterator[Family]:
@@ -187,6 +190,23 @@ def common_length(inputs: Sequence[np.ndarray]) -> int:
     stacked = np.stack([ids[:length] for ids in inputs])
     differs = (stacked != stacked[0]).any(axis=0)
     return int(differs.argmax()) if differs.any() else length
+
+
+def keeps_all(model: Any) -> bool:
+    """Whether the keys and values of all tokens are all that a model remembers of them.
+
+    Only then can one token follow several others' pass, or be forgotten again: a recurrent state is one for all that
+    came before, attention in chunks and MPT's distances count columns, padding and gaps included.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = model.config.get_text_config()
+    if config.model_type == "mpt" or getattr(config, "attention_chunk_size", None):
+        return False
+    if "past_key_values" not in inspect.signature(type(body(model)).forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def attention_window(model: Any) -> int | None:

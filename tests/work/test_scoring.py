@@ -339,6 +339,26 @@ def test_prompts_leave_room_for_what_is_generated():
         generate(model, Words(), request_set(long, **generation(max_gen_toks=64)), budget=100)
 
 
+def test_a_recurrent_model_shares_no_pass_and_has_each_request_s_own_score():
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**shape, **heads, layer_types=["conv", "full_attention"], block_ff_dim=48)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    shots = np.random.default_rng(9).integers(3, VOCABULARY, 34).tolist()
+    pairs = [(shots + context, continuation) for context, continuation in drawn(6, longest=20)]
+    found = loglikelihoods(model, request_set(pairs), 256)
+    np.testing.assert_allclose(found.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
+
+
+def test_weights_that_are_not_finite_are_an_error_and_not_a_text():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(StageError, match="logits are not finite"):
+        generate(model, Words(), request_set(prompts(1), **generation()), budget=100)
+
+
 @pytest.mark.parametrize("arguments", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 4}])
 def test_only_greedy_generation_is_accepted(arguments):
     with pytest.raises(StageError, match="only greedy generation is supported"):

@@ -19,7 +19,7 @@ from portllm.errors import Preempted, StageError
 from portllm.study.resources import Layout
 from portllm.work import head
 from portllm.work import loss as losses_of
-from portllm.work.batches import collate, finetune_batches, micro_batches, packed, padded, update_batches
+from portllm.work.batches import PAD_MULTIPLE, collate, finetune_batches, micro_batches, packed, padded, update_batches
 from portllm.work.checkpoints import complete
 from portllm.work.loss import SummedLoss
 from portllm.work.training import learning_rate, train
@@ -63,7 +63,7 @@ def test_ranks_share_a_batch_without_overlap_in_equally_many_passes_within_the_b
 def test_arrays_hold_the_targets_of_the_answer_only_and_few_shapes() -> None:
     data = toy.data()
     arrays = collate(data, [3, 5])
-    assert arrays.ids_BT.shape[1] % 16 == 0
+    assert arrays.ids_BT.shape[1] % PAD_MULTIPLE == 0
     assert len(arrays.rows_N) == len(arrays.targets_N) == data.targets[[3, 5]].sum()
     assert (arrays.ids_BT.reshape(-1)[arrays.rows_N + 1] == arrays.targets_N).all()
 
