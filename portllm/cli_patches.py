@@ -229,18 +229,22 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score patches on tasks, the model loaded once: lm-eval's numbers, item by item. No study, no store."""
-    from portllm.report.scores import item_table, score_rows, score_text
+    from portllm.report.scores import item_table, score_notes, score_rows, score_text
     from portllm.work.cells import Asked, score
     from portllm.work.hub import model_directory
 
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     if not names:
         raise SpecError("--tasks: names no task")
+    if items is not None and not items.parent.is_dir():
+        raise SpecError(f"--items {items}: there is no directory {items.parent}")
     asked = Asked(names, data_root, include_path, num_fewshot, limit, mode, dtype, _device())
     found = []
     with _status_shown(quiet=json) as told:
         for scored in score(model_directory(model), patch or [], asked, told):
             found.append(scored)
+    for line in score_notes(found):
+        print(line, file=sys.stderr)
     rows = score_rows(model, mode, dtype, found)
     if items is not None:
         item_table(found, items)

@@ -1,6 +1,6 @@
 """Scores of patches without a study: rows with the columns of `portllm results`, and as text. Plain values in."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,16 @@ def _rows(model: str, apply: str, dtype: str, scored: Scored) -> Iterable[dict[s
             "wall_s": scored.summary["score_s"],
         }
         yield {name: known.get(name) for name in COLUMNS}
+
+
+def score_notes(found: Iterable[Scored]) -> Iterator[str]:
+    """What a reader of the scores must know: prompts cut to the window, batches that did not fit into memory."""
+    for scored in found:
+        cell = f"{scored.task}{f' with {scored.patch}' if scored.patch else ''}"
+        if cut := scored.summary.get("truncated"):
+            yield f"note: {cell}: {cut} prompts were cut from the left to fit the model's window"
+        if halved := scored.summary.get("halved"):
+            yield f"note: {cell}: {halved} batches did not fit into memory and were scored in halves"
 
 
 def item_table(found: Iterable[Scored], file: Path) -> None:

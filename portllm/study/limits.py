@@ -17,7 +17,7 @@ def check_corpus(name: str, held: int | None, asked: int, field: str) -> None:
     """More tokens than a corpus can hold (`CorpusFacts.most_tokens`)."""
     if held is not None and held < asked:
         raise SpecError(
-            f"{field}: {asked:,} tokens of corpus `{name}` are asked for up to this update, and its documents hold at "
+            f"{field}: {asked:,} tokens of corpus `{name}` are asked for up to here, and its documents hold at "
             f"most {held:,}: ask for fewer, or give a longer corpus"
         )
 

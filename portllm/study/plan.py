@@ -210,6 +210,9 @@ class _Planner:
         if model.hub:
             recipe = replace(recipe, source="hub", hub=model.hub, revision=model.revision or "unpinned")
         elif model.init:
+            check_length(model.init.sequence_length, facts, f"models.{name}.init.sequence_length")
+            held = self.facts.corpora[model.init.corpus].most_tokens
+            check_corpus(model.init.corpus, held, model.init.tokens, f"models.{name}.init.tokens")
             recipe, inputs = self._init(model.init, facts.storage)
         elif facts.source is not None:
             inputs = {"source": self._give(facts.source)}

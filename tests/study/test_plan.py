@@ -2,9 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from portllm.cli import main
 from portllm.errors import SpecError
 from portllm.study.facts import CorpusFacts, from_json, to_json
 from portllm.study.plan import make_plan
@@ -220,6 +222,21 @@ def test_more_tokens_than_a_corpus_can_hold_are_refused_and_chained_updates_coun
 def test_what_the_shape_forbids_is_refused(override, message):
     with pytest.raises(SpecError, match=message):
         plan(override)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("sequence_length=1000", "sequence_length: 1000 tokens, but the model reads at most 128"),
+        ("tokens=10000000000", "hold"),
+    ],
+)
+def test_what_a_pretraining_cannot_have_is_refused(override, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path))
+    quickstart = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+    with pytest.raises(SystemExit):
+        main(["plan", str(quickstart), "--store", str(tmp_path / "s"), "-o", f"models.toy.init.{override}"])
+    assert message in capsys.readouterr().err
 
 
 def test_twin_tasks_screen_each_other():

@@ -1,6 +1,7 @@
 """`portllm evaluate`: several patches in one load of the model, lm-eval's numbers, no study and no store."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -76,6 +77,7 @@ def test_words_for_a_reader(world: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--tasks", ","], "--tasks"),
         (["--tasks", "mood", "--patch", "nowhere"], "no such patch directory"),
         (["--tasks", "sst2"], "no directory `sst2`"),
+        (["--tasks", "mood", "--items", "nowhere/items.parquet"], "there is no directory nowhere"),
     ],
 )
 def test_bad_input_is_one_error(
@@ -83,3 +85,13 @@ def test_bad_input_is_one_error(
 ) -> None:
     error = evaluate(capsys, world, *arguments, code=2)
     assert message in error and error.startswith("error: ") and "Traceback" not in error
+
+
+def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = shutil.copytree(world / "model", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
+    places = ["--data-root", str(world / "data"), "--include-path", str(world / "tasks")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(short), *places, "--tasks", "mood", "--json"])
+    assert "prompts were cut from the left to fit the model's window" in capsys.readouterr().err
