@@ -206,9 +206,14 @@ def check(source: TaskSource, training: bool = False) -> TaskFacts:
     evaluated, trained = documents(task), training_documents(task)
     if not evaluated:
         raise ResolveError(f"task `{source.name}`: {file_of(source, False)} holds no documents")
+    shots = bool(task.config.num_fewshot)
+    apart = task.config.training_split != (task.config.test_split or task.config.validation_split)
+    if shots and task.has_training_docs() and apart and not trained:
+        raise ResolveError(f"task `{source.name}`: {file_of(source, True)} holds no documents to draw few-shot "
+                           f"examples from")  # fmt: skip
     with quiet():
         _check_answers(task, source, evaluated, False)
-        if training:
+        if training or (shots and trained):
             _check_answers(task, source, trained, True)
         return _facts(task, source, evaluated, len(trained))
 

@@ -37,6 +37,8 @@ def laid_over(layout: Layout, own: Mapping[str, Any], where: str) -> Layout:
     if not isinstance(zero, Mapping) or "auto" in _values(own):
         raise SpecError(f"{where}: zero_optimization is a mapping, and no value of this file may be `auto`")
     stage, offload = zero.get("stage", layout.zero), zero.get("offload_optimizer")
+    if stage is not None and (type(stage) is not int or stage not in range(4)):
+        raise SpecError(f"{where}: zero_optimization.stage is {stage!r}; there are 0, 1, 2 and 3")
     if layout.zero is not None and stage != layout.zero:
         raise SpecError(f"{where}: zero_optimization.stage is {stage}, and the study says zero: {layout.zero}")
     if isinstance(offload, Mapping) and offload.get("device", "cpu") not in ("cpu", "none"):

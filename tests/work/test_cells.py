@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_bad_input_is_one_error(
 ) -> None:
     error = evaluate(capsys, world, *arguments, code=2)
     assert message in error and error.startswith("error: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("mend", ["missing", "label"])
+def test_few_shot_examples_are_looked_at_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mend: str
+) -> None:
+    data = shutil.copytree(world / "data", tmp_path / "data")
+    train = data / "mood" / "train.parquet"
+    table = pq.read_table(train)
+    train.unlink()
+    if mend == "label":
+        labels = pa.array([-1] * len(table))
+        pq.write_table(table.set_column(table.column_names.index("label"), "label", labels), train)
+    asked = ("--tasks", "mood", "--num-fewshot", 2, "--data-root", data)
+    error = evaluate(capsys, world, *asked, code=2)
+    assert "mood" in error and "train.parquet" in error and "Traceback" not in error
 
 
 def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
