@@ -8,7 +8,6 @@ Shape suffixes: B rows of a batch, S tokens of a pass, L tokens seen so far, R t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,10 @@ from portllm.errors import StageError
 from portllm.work.drafts import LONGEST, Draft, length
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
+from portllm.work.kv_cache import attention_window, has_cache, keeps_all
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import attention_window, batches, keeps_all, max_length
+from portllm.work.scoring import batches, max_length, padded
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
@@ -71,7 +71,7 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> T
     if room < 1:
         raise StageError(f"task `{requests.meta['task']}` generates up to {stops.room} tokens, and the model's "
                          f"window of {room + stops.room} leaves no room for a prompt")  # fmt: skip
-    if "past_key_values" not in inspect.signature(type(body(model)).forward).parameters:
+    if not has_cache(model):
         raise StageError(f"`{model.config.model_type}` keeps no keys and values between passes: it is scored by "
                          f"likelihoods only, not by what it generates")  # fmt: skip
     head, last_layer = Head(model), LastLayer(model)
@@ -121,7 +121,7 @@ def _continue(
     cache, forgets = _new_cache(model)
     drafts = running = [Draft(ids.tolist()) for ids in prompts]
     guesses: list[list[int]] = [[] for _ in drafts]
-    ids_BS, mask_BL = _padded(prompts, model.device, left=True)
+    ids_BS, mask_BL = _masked(prompts, model.device, left=True)
     read = 1
     while True:
         chosen_BR = _choose(model, head, last_layer, ids_BS, mask_BL, cache, read)
@@ -138,7 +138,7 @@ def _continue(
         count = length([draft.chance for draft in running], min(LONGEST, max(rooms)) if forgets else 0)
         guesses = [draft.guess(min(count, room)) for draft, room in zip(running, rooms, strict=True)]
         going_on = [np.array([draft.ids[-1], *guess]) for draft, guess in zip(running, guesses, strict=True)]
-        ids_BS, new_BS = _padded(going_on, model.device)
+        ids_BS, new_BS = _masked(going_on, model.device)
         mask_BL, read = torch.cat([mask_BL, new_BS], dim=1), ids_BS.shape[1]
 
 
@@ -197,14 +197,9 @@ def _tidy(cache: Any, mask_BL: torch.Tensor, keep: Sequence[int], window: int | 
     return mask_BL.gather(1, order_BL)
 
 
-def _padded(rows: Sequence[np.ndarray], device: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _masked(rows: Sequence[np.ndarray], device: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask of what is no padding), int64 [B, S]."""
-    longest = max(len(ids) for ids in rows)
-    ids_BS, mask_BS = np.zeros((2, len(rows), longest), dtype=np.int64)
-    for b, ids in enumerate(rows):
-        place = slice(longest - len(ids), None) if left else slice(len(ids))
-        ids_BS[b, place], mask_BS[b, place] = ids, 1
-    return torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device)
+    return padded(rows, left).to(device), padded([np.ones_like(ids) for ids in rows], left).to(device)
 
 
 def _done(ids: list[int], tokenizer: Any, stops: Stops) -> bool:

@@ -3,7 +3,6 @@
 Shape suffixes: B sequences, T tokens, N positions with a target, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,8 +72,9 @@ class LinearLoss(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[here] = slope_PV @ weight_VH
             if of_weight is not None:
-                for block in _blocks(len(weight_VH)):
-                    of_weight[block] += slope_PV[:, block].T @ hidden_NH[here]
+                blocks = zip(of_weight.split(BLOCK_ROWS), slope_PV.split(BLOCK_ROWS, dim=1), strict=True)
+                for of_block, slope_PB in blocks:
+                    of_block += slope_PB.T @ hidden_NH[here]
             if of_bias is not None:
                 of_bias += slope_PV.sum(dim=0, dtype=torch.float32)
         owners = (hidden_NH, weight_VH, bias_V)
@@ -85,10 +85,6 @@ class LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return (*(g if g is None else g.mul_(scale) for g in ctx.gradients), None, None)
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    yield from (slice(first, first + BLOCK_ROWS) for first in range(0, count, BLOCK_ROWS))
 
 
 def vocabulary(model: Any) -> int:

@@ -13,7 +13,6 @@ Shape suffixes: B rows of a batch, S its longest input, D hidden size, P read po
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -25,6 +24,7 @@ import torch
 from portllm.errors import StageError
 from portllm.work.halving import in_halves
 from portllm.work.head import POSITIONS, Head, body
+from portllm.work.kv_cache import attention_window, keeps_all
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
 
@@ -77,8 +77,7 @@ def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
     """
     rows, truncated = plan_rows(requests, max_length(model, requests))
     shares = keeps_all(model)
-    families = plan_families(rows, requests) if shares else [Family(row) for row in rows]
-    families.sort(key=lambda family: -len(family.stem.ids))
+    families = plan_families(rows, requests, shares)
     scorer = _Scorer(model, len(requests))
     with torch.inference_mode():
         header = shared_header(families if shares else [], attention_window(model))
@@ -149,14 +148,18 @@ def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
     return rows, truncated
 
 
-def plan_families(rows: Sequence[Row], requests: RequestSet) -> list[Family]:
-    """The rows of each document as one family where that saves enough, else each by itself; longest stem first."""
+def plan_families(rows: Sequence[Row], requests: RequestSet, shares: bool = True) -> list[Family]:
+    """The rows of each document as one family where that saves enough, else each by itself; longest stem first.
+
+    `shares`: whether the model can go on from another input's pass at all.
+    """
     document = {id(row): int(requests.documents[row.reads[0][0]]) for row in rows}
     ordered = sorted(rows, key=lambda row: document[id(row)])
     families: list[Family] = []
     for _, members in groupby(ordered, key=lambda row: document[id(row)]):
-        families += _family(list(members))
-    return families
+        alike = list(members)
+        families += _family(alike) if shares else map(Family, alike)
+    return sorted(families, key=lambda family: -len(family.stem.ids))
 
 
 def _family(rows: Sequence[Row]) -> Iterator[Family]:
@@ -190,31 +193,6 @@ def common_length(inputs: Sequence[np.ndarray]) -> int:
     stacked = np.stack([ids[:length] for ids in inputs])
     differs = (stacked != stacked[0]).any(axis=0)
     return int(differs.argmax()) if differs.any() else length
-
-
-def keeps_all(model: Any) -> bool:
-    """Whether the keys and values of all tokens are all that a model remembers of them.
-
-    Only then can one token follow several others' pass, or be forgotten again: a recurrent state is one for all that
-    came before, attention in chunks and MPT's distances count columns, padding and gaps included.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    config = model.config.get_text_config()
-    if config.model_type == "mpt" or getattr(config, "attention_chunk_size", None):
-        return False
-    if "past_key_values" not in inspect.signature(type(body(model)).forward).parameters:
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def attention_window(model: Any) -> int | None:
-    """Tokens that a layer with sliding attention sees; None where every layer sees all."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    sliding = kinds is None or "sliding_attention" in kinds
-    return getattr(config, "sliding_window", None) if sliding else None
 
 
 def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
@@ -313,7 +291,7 @@ class _Scorer:
         if self._cache is None and not any(family.branches for family in batch):
             # No mask is needed: nothing that is read attends to the padding after it, and without a mask the attention
             # kernels take their faster causal path (`HFLM` passes none either).
-            ids_BS = _padded([stem.ids for stem in stems])
+            ids_BS = padded([stem.ids for stem in stems])
             self._forward(ids_BS, _reads(stems, [0] * len(stems), ids_BS.shape[1]), use_cache=False)
             return
         cache = self._new_cache() if self._cache is None else _rows_of(self._cache, [0] * len(stems))
@@ -323,7 +301,7 @@ class _Scorer:
         mask_BS = np.ones((len(rests), self._header + shifts[0] + len(rests[0].ids)), dtype=np.int64)
         for b, shift in enumerate(shifts):
             mask_BS[b, self._header : self._header + shift] = 0
-        ids_BS = _padded([rest.ids for rest in rests], left=True)
+        ids_BS = padded([rest.ids for rest in rests], left=True)
         self._go_on(ids_BS, _reads(rests, shifts, ids_BS.shape[1]), mask_BS, cache)
         self._branches(batch, mask_BS, cache, budget)
 
@@ -332,7 +310,7 @@ class _Scorer:
         pairs.sort(key=lambda pair: -len(pair[1].ids))
         for part in batches([len(row.ids) for _, row in pairs], budget):
             owners, rows = [b for b, _ in pairs[part]], [row for _, row in pairs[part]]
-            ids_BS = _padded([row.ids for row in rows])
+            ids_BS = padded([row.ids for row in rows])
             mask = np.concatenate([mask_BS[owners], np.ones(ids_BS.shape, dtype=np.int64)], axis=1)
             self._go_on(ids_BS, _reads(rows, [0] * len(rows), ids_BS.shape[1]), mask, _rows_of(cache, owners))
 
@@ -380,7 +358,7 @@ def _rows_of(cache: Any, rows: Iterable[int]) -> Any:
     return chosen
 
 
-def _padded(inputs: Sequence[np.ndarray], left: bool = False) -> torch.Tensor:
+def padded(inputs: Sequence[np.ndarray], left: bool = False) -> torch.Tensor:
     """int64 [B, S], zeros after the inputs, or before them."""
     longest = max(len(ids) for ids in inputs)
     ids_BS = np.zeros((len(inputs), longest), dtype=np.int64)

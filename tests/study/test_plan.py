@@ -282,3 +282,10 @@ def test_a_deepspeed_configuration_of_the_user_s_own_is_in_the_layout_and_in_no_
 def test_zero_3_with_lora_is_refused(stage):
     with pytest.raises(SpecError, match=rf"^resources\.{stage}\.zero: ZeRO-3 with LoRA can save empty adapters"):
         plan(f"resources.{stage}.zero=3")
+
+
+def test_an_estimate_counts_as_many_logits_as_a_training_makes():
+    from portllm.study import estimate
+    from portllm.work import head
+
+    assert estimate.LOGITS == head.LOGITS
