@@ -41,6 +41,8 @@ class RunContext:
     """One line of text for the step's log."""
     point: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     """A point of the training curve at an optimizer step (`loss`, `learning_rate`, `grad_norm`, `tokens_per_s`)."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """How far the step is: `done` of `total` optimizer steps of a training, or requests of an evaluation."""
     stop: Callable[[], bool] = lambda: False
     """True once the step should end early (preemption): a training keeps its state first."""
     clock: Callable[[], float] = time.monotonic
