@@ -117,15 +117,16 @@ def attempted(job: Job, work: Callable[[Path, Path], tuple[Summary, int]]) -> Ou
 
 
 def make_record(step: Step, summary: Summary, wall: float, started: float) -> dict[str, Any]:
-    """What is kept beside a published output."""
+    """What is kept beside a published output. Its times are those of a training that ran in one piece."""
+    earlier = summary.get("earlier_s", 0.0)
     return {
         "stage": step.stage,
         "label": step.label,
         "payload": step.payload(),
         "summary": summary,
-        "wall_s": wall,
+        "wall_s": wall + earlier,
         "devices": max(1, step.layout.gpus) * step.layout.workers,
-        "started": started,
+        "started": started - earlier,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "portllm": __version__,

@@ -36,8 +36,9 @@ DIED, PREEMPTED = "WorkerDied", "Preempted"
 def decide(history: Sequence[Failure]) -> Decision:
     """The decision after the last failure of `history`.
 
-    A dead worker says nothing about the step: the same again, and one that was told to stop does not even count. Out
-    of memory: smaller. Whatever a stage raised itself (a non-finite loss, a full disk, a bad input) would be raised
+    A dead worker says nothing about the step: the same again, and one that was told to stop does not even count. One
+    that died twice may have been killed for its memory, which the system tells nobody: smaller, as where memory is
+    said to have run out. Whatever a stage raised itself (a non-finite loss, a full disk, a bad input) would be raised
     again: give up.
     """
     last = history[-1]
@@ -46,7 +47,7 @@ def decide(history: Sequence[Failure]) -> Decision:
     if sum(failure.type != PREEMPTED for failure in history) >= ATTEMPTS:
         return Decision.GIVE_UP
     if last.type == DIED:
-        return Decision.RETRY
+        return Decision.SMALLER if sum(failure.type == DIED for failure in history) > 1 else Decision.RETRY
     if out_of_memory(last.type, last.message):
         return Decision.SMALLER
     return Decision.GIVE_UP

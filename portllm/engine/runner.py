@@ -22,6 +22,7 @@ from portllm.engine.gang import run_gang
 from portllm.engine.pool import Budget, Size
 from portllm.engine.progress import Progress
 from portllm.engine.schedule import Schedule, VersionId, require_fits, size_of
+from portllm.engine.watch import Line, Watch
 from portllm.engine.workers import start_worker
 from portllm.errors import EngineError
 from portllm.store.store import Store
@@ -80,10 +81,14 @@ class Runner:
     progress: Progress
     published: Callable[[Step], None] = lambda step: None
     """Called after each publication; must not block."""
+    watched: Callable[[Step, list[Line]], None] = lambda step, lines: None
+    """Called with what running steps say of themselves; must not block."""
     schedule: Schedule = field(init=False)
     slots: list[Slot] = field(default_factory=list)
     running: dict[Any, Slot | Gang] = field(default_factory=dict)
     """Ray reference of an execution to who does it."""
+    watches: dict[str, Watch] = field(default_factory=dict)
+    """Of the running steps, by key."""
     history: dict[str, list[Failure]] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
     scored: set[tuple[int, VersionId]] = field(default_factory=set)
@@ -101,7 +106,7 @@ class Runner:
         """Run until nothing can go on."""
         while not self.schedule.finished:
             self._dispatch()
-            self.progress.show(self.schedule, self.before)
+            self.progress.show(self.schedule, self.before, self.watches)
             self._collect()
         self._retire_all()
         self.report.blocked = [self.plan.steps[k].label for k in sorted(self.schedule.blocked)]
@@ -127,11 +132,15 @@ class Runner:
         step = self.schedule.pick(slot.size, slot.resident, served)
         if step is None:
             return
-        self.schedule.start(step)
+        self._begin(step)
         slot.step = step
         slot.resident = step.version or slot.resident
         job = job_for(step, self.plan, self.store)
         self.running[slot.actor.run.options(name=step.label).remote(job)] = slot  # Ray's own events bear the label
+
+    def _begin(self, step: Step) -> None:
+        self.schedule.start(step)
+        self.watches[step.key] = Watch(self.store.paths.watch(step.key))
 
     def _wanted_size(self) -> Size | None:
         """Size of a worker that more ready steps ask for than idle workers of that size could take."""
@@ -178,7 +187,7 @@ class Runner:
             self._retire(idle.pop())
         for node, rank in zip(nodes, ranks, strict=True):
             self.budget.hold(node, rank)
-        self.schedule.start(step)
+        self._begin(step)
         self.report.process_starts += step.layout.workers
         job = job_for(step, self.plan, self.store)
         reference = run_gang.options(name=step.label).remote(job, str(self.scratch))
@@ -195,15 +204,22 @@ class Runner:
         if not self.running:
             raise EngineError(f"{self.schedule.startable} steps are ready and no node is left that could run one")
         ended, _ = ray.wait(list(self.running), num_returns=1, timeout=0.5)
+        self._watch()
         for reference in ended:
             holder = self.running.pop(reference)
             step = holder.step
             assert step is not None
+            del self.watches[step.key]
             outcome = self._outcome(reference, holder, step)
             self._release(holder, outcome)
             if not outcome.pid:
                 self._look_again()
             self._account(step, holder, outcome)
+
+    def _watch(self) -> None:
+        for key, watch in self.watches.items():
+            if lines := watch.news():
+                self.watched(self.plan.steps[key], lines)
 
     def _outcome(self, reference: Any, holder: Slot | Gang, step: Step) -> Outcome:
         try:
@@ -251,7 +267,7 @@ class Runner:
         self.schedule.publish(step.key)
         self.report.executed.append(step.label)
         self.published(step)
-        self.progress.done(step, outcome.wall_s, outcome.summary, self.schedule, self.before)
+        self.progress.done(step, outcome.wall_s, outcome.summary, self.schedule)
 
     def _fail(self, step: Step, outcome: Outcome) -> None:
         failure = outcome.failure

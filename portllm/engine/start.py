@@ -19,9 +19,12 @@ from portllm.study.spec import Study
 from portllm.study.steps import Cell, Plan, Step
 
 if TYPE_CHECKING:
+    from portllm.engine.watch import Line
     from portllm.track.mlflow_mirror import Mirror
 
 _TRAININGS = ("base", "update", "finetune")
+CURVE_S = 5.0
+"""Seconds between two pieces of a running training's curve in MLflow; a shorter one gets there when published."""
 SLOW_BF16 = (
     "note: this processor has no bfloat16 units; a bfloat16 product ran 70 times slower than float32 on such a one: "
     "consider dtype: float32"
@@ -70,7 +73,7 @@ def run_plan(
                     step.stage, step.key
                 ):  # by an earlier run, which may have been killed before it told MLflow
                     publish(step)
-            runner = Runner(plan, store, budget, progress, publish)
+            runner = Runner(plan, store, budget, progress, publish, _watcher(mirror))
             report = runner.run()
         shown = _shown(show)
         if mirror is not None:
@@ -141,6 +144,25 @@ def _publisher(mirror: Mirror | None, plan: Plan, store: Store) -> Callable[[Ste
             mirror.cell(rows(cells[step.key], store))
 
     return published
+
+
+def _watcher(mirror: Mirror | None) -> Callable[[Step, list[Line]], None]:
+    """Hands the curves of running trainings to the mirror's queue, every few seconds."""
+    from portllm.track.study import begun
+
+    waiting: dict[str, list[Line]] = defaultdict(list)
+    handed: dict[str, float] = {}
+
+    def watched(step: Step, lines: list[Line]) -> None:
+        if mirror is None or step.stage not in _TRAININGS:
+            return
+        waiting[step.key] += lines
+        now = time.monotonic()
+        if now - handed.setdefault(step.key, now) >= CURVE_S:
+            handed[step.key] = now
+            mirror.watch(begun(step), waiting.pop(step.key))
+
+    return watched
 
 
 def _close(mirror: Mirror | None, quiet: bool) -> None:

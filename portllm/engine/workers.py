@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from portllm.engine.execute import Job, Outcome, execute
 from portllm.engine.pool import Size
 from portllm.engine.preemption import listen, told
+from portllm.engine.watch import Reporter
 from portllm.store.layout import StoreLayout
 
 
@@ -56,7 +57,10 @@ def prepare(context: Any, job: Job) -> None:
     step = job.step
     context.layout = step.layout
     context.about = {"key": step.key, "label": step.label, **step.coordinates}
-    context.resume = StoreLayout(job.store).work(step.key)
+    paths = StoreLayout(job.store)
+    context.resume = paths.work(step.key)
+    if context.rank == 0:
+        context.progress = Reporter(paths.watch(step.key))
 
 
 def quiet_libraries(gpus: int) -> None:

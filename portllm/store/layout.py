@@ -37,6 +37,10 @@ class StoreLayout:
         """Checkpoints of a training that is not published yet, the same for every attempt."""
         return self.root / "work" / key
 
+    def watch(self, key: str) -> Path:
+        """How far a running step is (`engine/watch.py`)."""
+        return self.work(key) / "watch.jsonl"
+
     def failures(self, key: str) -> Path:
         """Failure records of a step."""
         return self.root / "failures" / key

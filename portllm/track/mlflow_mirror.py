@@ -28,7 +28,7 @@ from portllm.track.entries import Entry, Point, cells, groups, joined, training
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Param, Run, RunTag
 
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST, TAGS_PER_REQUEST = 800, 100, 100
 """MLflow's limits are 1000, 100 and 100, and 1000 for all three together. One request, one commit."""
@@ -75,6 +75,11 @@ class Mirror:
     def training(self, step: Mapping[str, Any]) -> None:
         """Mirror a published training step."""
         self._jobs.put((f"step {step['label']}", lambda writer: writer.write(training(step))))
+
+    def watch(self, step: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+        """Mirror points of the curve of a training that is still running."""
+        curve = [{"step": line["done"], **line} for line in lines]
+        self._jobs.put((f"step {step['label']}", lambda writer: writer.watch(training({**step, "curve": curve}))))
 
     def cell(self, row_group: Sequence[Row]) -> None:
         """Mirror result rows of any number of cells."""
@@ -168,6 +173,18 @@ class _Known:
     """The newest value of each."""
     keys: dict[str, str] | None = None
     """Metric name → key of its cell, once keys.json was read or written here."""
+    reached: int = 0
+    """Step up to which the curve of a training that is not finished is there."""
+
+    def lacks(self, entry: Entry) -> list[Point]:
+        """The entry's points that are not there."""
+        differ = {name for name, value in _latest(entry).items() if self.metrics.get(name) != value}
+        return [p for p in entry.points if p.name in differ and (p.step is None or p.step > self.reached)]
+
+    def has(self, entry: Entry) -> None:
+        """All of the entry's points are there."""
+        self.metrics |= _latest(entry)
+        self.reached = max([self.reached, *(p.step for p in entry.points if p.step is not None)])
 
 
 class _Writer:
@@ -180,23 +197,35 @@ class _Writer:
         self._study = study_name
         self._experiment = self._open_experiment(experiment, artifact_root)
         self._parent = self._open_parent(study_tags)
-        self._known = {run.data.tags[KEY]: _known(run) for run in self._children() if KEY in run.data.tags}
+        self._known = {run.data.tags[KEY]: self._read(run) for run in self._children() if KEY in run.data.tags}
+        self._watched: set[str] = set()
+        """Keys of trainings that were seen running and are not published."""
+
+    def watch(self, entry: Entry) -> None:
+        """Bring the curve of a running training up to date."""
+        known = self._run_of(entry)
+        if known.finished:
+            return
+        if entry.key in self._watched:
+            self._send(known, known.lacks(entry))
+        else:
+            self._watched.add(entry.key)
+            self._client.update_run(known.run_id, status="RUNNING")
+            self._log(known, entry, {})
+        known.has(entry)
 
     def write(self, entry: Entry) -> None:
         """Bring MLflow's run of this entry up to date: nothing, the missing parts, or all of it."""
-        known = self._known.get(entry.key)
-        if known is None:
-            known = self._known[entry.key] = self._create(entry)
+        known = self._run_of(entry)
         tags = _union(known.tags, entry.tags) | ({PATH: str(entry.path)} if entry.path else {})
-        latest = {point.name: point.value for point in sorted(entry.points, key=lambda p: p.step or 0)}
-        missing = {name for name, value in latest.items() if known.metrics.get(name) != value}
-        if known.finished and not missing and tags.items() <= known.tags.items():
+        if known.finished and not known.lacks(entry) and tags.items() <= known.tags.items():
             return
-        self._log(known, entry, tags, missing)
+        self._log(known, entry, tags)
         self._client.set_terminated(known.run_id, "FINISHED", end_time=known.start_ms + round(1000 * entry.wall_s))
         known.finished = True
+        self._watched.discard(entry.key)
         known.tags |= tags
-        known.metrics |= latest
+        known.has(entry)
 
     def attach(self, path: Path) -> None:
         """A file or directory as the study's artifact."""
@@ -206,27 +235,35 @@ class _Writer:
             self._client.log_artifact(self._parent, str(path))
 
     def finish(self) -> None:
+        """What was seen running and did not get published has failed, or was interrupted: until it runs again."""
+        for key in self._watched:
+            self._client.set_terminated(self._known[key].run_id, "FAILED")
         self._client.set_terminated(self._parent, "FINISHED")
 
-    def _log(self, known: _Known, entry: Entry, tags: Mapping[str, str], missing: set[str]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _log(self, known: _Known, entry: Entry, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
 
-        run_id, at = known.run_id, known.start_ms
-        points = [point for point in entry.points if point.name in missing]
-        metrics = [Metric(p.name, p.value, at, self._step(known, p)) for p in points]
         params = [Param(*pair) for pair in entry.params.items()] if not known.finished else []
         changed = [RunTag(name, value) for name, value in tags.items() if known.tags.get(name) != value]
+        self._send(known, known.lacks(entry), params, changed)
+        self._client.log_dict(known.run_id, self._keys(known, entry), "keys.json")
+        if entry.path is not None and not known.finished and _bytes(entry.path) < COPIED_BYTES:
+            self._client.log_artifacts(known.run_id, str(entry.path), entry.path.parent.name)
+
+    def _send(
+        self, known: _Known, points: Sequence[Point], params: Sequence[Param] = (), tags: Sequence[RunTag] = ()
+    ) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(p.name, p.value, known.start_ms, self._step(known, p)) for p in points]
         batches = zip_longest(
             _chunks(metrics, METRICS_PER_REQUEST),
             _chunks(params, PARAMS_PER_REQUEST),
-            _chunks(changed, TAGS_PER_REQUEST),
+            _chunks(tags, TAGS_PER_REQUEST),
             fillvalue=(),
         )
         for some_metrics, some_params, some_tags in batches:
-            self._client.log_batch(run_id, some_metrics, some_params, some_tags)
-        self._client.log_dict(run_id, self._keys(known, entry), "keys.json")
-        if entry.path is not None and not known.finished and _bytes(entry.path) < COPIED_BYTES:
-            self._client.log_artifacts(run_id, str(entry.path), entry.path.parent.name)
+            self._client.log_batch(known.run_id, some_metrics, some_params, some_tags)
 
     def _step(self, known: _Known, point: Point) -> int:
         """A value without a step comes after those that are there: MLflow shows the newest."""
@@ -249,6 +286,19 @@ class _Writer:
         with tempfile.TemporaryDirectory() as scratch:
             file = self._client.download_artifacts(known.run_id, "keys.json", scratch)
             return dict(json.loads(Path(file).read_text()).get("cells", {}))
+
+    def _run_of(self, entry: Entry) -> _Known:
+        """MLflow's run of this entry, made where there is none."""
+        if entry.key not in self._known:
+            self._known[entry.key] = self._create(entry)
+        return self._known[entry.key]
+
+    def _read(self, run: Run) -> _Known:
+        info, data = run.info, run.data
+        known = _Known(info.run_id, info.start_time, info.status == "FINISHED", dict(data.tags), dict(data.metrics))
+        if not known.finished and "loss" in known.metrics:
+            known.reached = max(m.step for m in self._client.get_metric_history(known.run_id, "loss"))
+        return known
 
     def _create(self, entry: Entry) -> _Known:
         start = round(1000 * ((entry.finished_at or time.time()) - entry.wall_s))
@@ -302,9 +352,9 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def _known(run: Run) -> _Known:
-    info, data = run.info, run.data
-    return _Known(info.run_id, info.start_time, info.status == "FINISHED", dict(data.tags), dict(data.metrics))
+def _latest(entry: Entry) -> dict[str, float]:
+    """The newest value of each metric."""
+    return {point.name: point.value for point in sorted(entry.points, key=lambda p: p.step or 0)}
 
 
 def _union(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:

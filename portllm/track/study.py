@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from portllm.store.results import rows, trainings
 from portllm.store.store import Store
 from portllm.study.spec import Study
-from portllm.study.steps import Plan
+from portllm.study.steps import Plan, Step
 
 if TYPE_CHECKING:
     from portllm.track.mlflow_mirror import Mirror
@@ -20,6 +20,19 @@ def open_mirror(study: Study, store: Store) -> Mirror | None:
     from portllm.track.mlflow_mirror import Mirror
 
     return Mirror(**_place(study, store))
+
+
+def begun(step: Step) -> dict[str, Any]:
+    """A training that is not published yet, as the mirror takes it."""
+    payload = step.payload()
+    return {
+        "stage": step.stage,
+        "key": step.key,
+        "label": step.label,
+        "coordinates": dict(step.coordinates),
+        "recipe": payload["recipe"],
+        "inputs": payload["inputs"],
+    }
 
 
 def rebuild_study(study: Study, plan: Plan, store: Store) -> tuple[str, list[str]]:

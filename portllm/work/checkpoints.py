@@ -4,7 +4,7 @@
     DIR/step-000120-of-2/rank1.safetensors   those of the others
 
 A checkpoint is complete when the file of each of its ranks is there; a file appears by a rename after it was flushed.
-The newest complete one is resumed from, and the two newest are kept.
+The newest complete one that can be read is resumed from, and the two newest are kept while another is written.
 """
 
 import json
@@ -70,27 +70,41 @@ class Checkpoints:
 
         partial = target.with_suffix(".partial")
         try:
-            if self.run.rank == 0:
-                for old in complete(self.directory)[:-1]:  # with the one being written, two
-                    shutil.rmtree(old, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, {"about": json.dumps(about)})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             partial.rename(target)
+            if self.run.rank == 0:
+                for old in complete(self.directory)[:-KEPT]:
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:  # a full disk: the training does not need it
             partial.unlink(missing_ok=True)
             self.run.log(f"no checkpoint of optimizer step {about['step']}: {error}")
 
     def restore(self, engine: Any) -> dict[str, Any] | None:
         """Puts the newest complete checkpoint into a fresh engine; returns what was said of it. Collective."""
-        found = complete(self.directory)
-        newest = self._agreed(found[-1].name if found else None)
+        newest = self._agreed(self._newest())
         if newest is None:
             return None
         tensors, about = _open(self.directory / newest)
         engine_state.write(engine, tensors, about["numbers"])
         return about
+
+    def _newest(self) -> str | None:
+        """The newest checkpoint that can be read; raises StageError where there are some, and none can."""
+        errors = []
+        for path in reversed(complete(self.directory)):
+            try:
+                _open(path)
+            except StageError as error:
+                errors.append(error)
+                self.run.log(str(error))
+            else:
+                return path.name
+        if errors:
+            raise errors[0]
+        return None
 
     def _agreed(self, name: str | None) -> str | None:
         """Rank 0's choice: another rank may see the directory earlier or later."""
@@ -103,11 +117,17 @@ class Checkpoints:
 
 def complete(directory: Path) -> list[Path]:
     """Complete checkpoints, the newest last."""
-    return [path for path in sorted(directory.glob("step-*-of-*")) if _is_complete(path)]
+    return sorted(filter(_is_complete, directory.glob("step-*-of-*")), key=_numbers)
+
+
+def _numbers(path: Path) -> tuple[int, int]:
+    """(step, ranks) of a checkpoint."""
+    _, step, _, world = path.name.split("-")
+    return int(step), int(world)
 
 
 def _is_complete(path: Path) -> bool:
-    world = int(path.name.rpartition("-")[2])
+    _, world = _numbers(path)
     return all((path / f"rank{rank}.safetensors").is_file() for rank in range(world))
 
 

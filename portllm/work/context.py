@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from portllm.study.resources import Layout
 
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 Summary = dict[str, Any]
 """JSON-able facts of one execution: counts, losses, ledger entries."""
+
+
+class Progress(Protocol):
+    """`done` of `total` optimizer steps of a training, or requests of an evaluation.
+
+    A training's `values` are the point of its curve: `loss`, `learning_rate`, `grad_norm`, `tokens_per_s`.
+    """
+
+    def __call__(self, done: int, total: int, **values: float) -> None: ...
+
+
+def unheard(done: int, total: int, **values: float) -> None:
+    """Nobody is told."""
 
 
 @dataclass
@@ -39,10 +52,8 @@ class RunContext:
     """The step's key and its names in the study: for provenance only."""
     log: Callable[[str], None] = print
     """One line of text for the step's log."""
-    point: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
-    """A point of the training curve at an optimizer step (`loss`, `learning_rate`, `grad_norm`, `tokens_per_s`)."""
-    progress: Callable[[int, int], None] = lambda done, total: None
-    """How far the step is: `done` of `total` optimizer steps of a training, or requests of an evaluation."""
+    progress: Progress = unheard
+    """Hears how far the step is."""
     stop: Callable[[], bool] = lambda: False
     """True once the step should end early (preemption): a training keeps its state first."""
     clock: Callable[[], float] = time.monotonic

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from portllm.work.context import RunContext, Summary
 from portllm.work.points import Point
@@ -16,15 +17,41 @@ _peaks: dict[tuple[str, str, int], float] = {}
 
 
 class Meter:
-    """Starts the counters of a training, and reads them at its end."""
+    """The counters of a training, over all its ranks and all the attempts that it goes on from."""
 
     def __init__(self, run: RunContext) -> None:
-        self.run = run
+        self.run, self.begun = run, 0.0
+        self.earlier: dict[str, float] = {}
+        """What attempts before this one had spent when they kept the checkpoint."""
         _reset_peaks(run)
         self.energy = _energy(run)
 
-    def read(self, engine: Any, points: Sequence[Point], seconds: float, targets: int) -> Summary:
-        """The ledger. `seconds`: wall time in all attempts; `targets`: positions whose logits were needed."""
+    def begin(self) -> None:
+        """The engine stands: time counts from here."""
+        self.begun = self.run.clock()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attempts, what was lost to interruptions left out."""
+        return self.earlier.get("seconds", 0.0) + self.run.clock() - self.begun
+
+    def spent(self) -> dict[str, float]:
+        """Seconds, joules of all ranks, the largest rank's memory; only what can be counted here. Collective."""
+        here = self.memory() | {"energy_j": self._joules()}
+        known = {name: float(value) for name, value in here.items() if value is not None}
+        ranks: list[dict[str, float]] = [known] * self.run.world
+        if self.run.world > 1:
+            distributed.all_gather_object(ranks, known)
+        found = {"seconds": self.seconds}
+        for name in known:
+            values, before = [rank[name] for rank in ranks], self.earlier.get(name, 0.0)
+            found[name] = sum(values) + before if name == "energy_j" else max(*values, before)
+        return found
+
+    def read(self, engine: Any, points: Sequence[Point], targets: int) -> Summary:
+        """The ledger; `targets`: positions whose logits were needed. Collective."""
+        found = self.spent()
+        seconds = found["seconds"]
         tokens = sum(point.tokens for point in points)
         arithmetic = flops(engine.module.model, tokens, targets)
         peak = self.run.layout.peak_flops or measured_peak(self.run, engine)
@@ -40,13 +67,15 @@ class Meter:
             "flops": arithmetic,
             "peak_flops": peak,
             "utilisation": round(arithmetic / max(spent * peak, 1e-9), 4),
-            "energy_j": self._joules(),
-            **self.memory(),
+            "earlier_s": round(self.earlier.get("seconds", 0.0), 3),
+            "energy_j": round(found["energy_j"], 1) if "energy_j" in found else None,
+            "peak_rss_bytes": int(found["peak_rss_bytes"]),
+            "peak_device_bytes": int(found["peak_device_bytes"]) if "peak_device_bytes" in found else None,
             **_settings(engine, self.run),
         }
 
     def memory(self) -> dict[str, int | None]:
-        """Largest resident and device memory since the meter started, in bytes."""
+        """Largest resident and device memory of this process since the meter started, in bytes."""
         status = Path("/proc/self/status").read_text()
         resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
         device = None if self.run.device == "cpu" else torch.cuda.max_memory_allocated()
@@ -54,7 +83,7 @@ class Meter:
 
     def _joules(self) -> float | None:
         now = _energy(self.run)
-        return None if now is None or self.energy is None else round(now - self.energy, 1)
+        return None if now is None or self.energy is None else now - self.energy
 
 
 def flops(model: Any, tokens: int, targets: int) -> float:

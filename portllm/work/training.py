@@ -61,14 +61,14 @@ def train(
     if run.layout.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(SummedLoss(model), config, optimization, run)
-    loop = Loop(engine, data, len(batches), optimization, run)
+    loop = Loop(engine, data, len(batches), optimization, run, meter)
     try:
         loop.resume()
         for batch in batches[len(loop.points) :]:
             loop.step(batch)
             loop.keep()
         targets = sum(int(data.targets[batch].sum()) for batch in batches)
-        ledger = meter.read(engine, loop.points, loop.seconds, targets) | loop.about()
+        ledger = meter.read(engine, loop.points, targets) | loop.about()
         values = masters(engine, keep)
     finally:
         loop.end()
@@ -172,6 +172,7 @@ class Loop:
     steps: int
     optimization: Optimization
     run: RunContext
+    meter: Meter
     points: list[Point] = field(default_factory=list)
     """Of the optimizer steps taken."""
     resumed: list[int] = field(default_factory=list)
@@ -179,12 +180,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.kept = Checkpoints(self.run.resume, self.run) if self.run.resume else None
-        self.begun = self.run.clock()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of all attempts, what was lost to them left out."""
-        return self.run.clock() - self.begun
+        self.meter.begin()
 
     def resume(self) -> None:
         """Goes on from the newest complete checkpoint, if there is one."""
@@ -192,7 +188,7 @@ class Loop:
         if about is not None:
             self.points = [Point(**point) for point in about["points"]]
             self.resumed = [*about["resumed"], len(self.points)]
-            self.begun = self.run.clock() - about["seconds"]
+            self.meter.earlier = about["spent"]
             self.run.log(f"goes on after optimizer step {len(self.points)} of {self.steps}")
 
     def keep(self) -> None:
@@ -202,7 +198,7 @@ class Loop:
         stop, due = self.agreed(self.run.stop(), self.kept is not None and self.kept.due)
         if self.kept is not None and (stop or due):
             points = [asdict(point) for point in self.points]
-            about = {"points": points, "resumed": self.resumed, "seconds": self.seconds}
+            about = {"points": points, "resumed": self.resumed, "spent": self.meter.spent()}
             self.kept.save(self.engine, len(self.points), about)
         if stop:
             raise Preempted(f"stopped after optimizer step {len(self.points)} of {self.steps}: run it again")
@@ -225,7 +221,7 @@ class Loop:
         return {"examples": len(self.data), "resumed": self.resumed}
 
     def step(self, batch: Batch) -> None:
-        """The next optimizer step, over a global batch. Raises StageError before it moves on a bad loss."""
+        """The next optimizer step, over a global batch. Raises StageError for a bad loss, or bad gradients."""
         began, number = self.run.clock(), len(self.points) + 1
         rate = learning_rate(number - 1, self.steps, self.optimization)
         for group in self.engine.optimizer.param_groups:
@@ -235,10 +231,11 @@ class Loop:
         norm = gradient_norm(self.engine)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
+        self.require_finite(norm, number, batch)
         tokens = int(self.data.lengths[batch].sum())
         point = Point(number, loss, rate, norm, tokens, self.run.clock() - began)
         self.points.append(point)
-        self.run.point(number, point.values())
+        self.run.progress(number, self.steps, **point.values())
         if number % max(1, self.steps // 10) == 0:
             speed = point.values()["tokens_per_s"]
             self.run.log(f"step {number} of {self.steps}: loss {loss:.4f}, {speed:.0f} tokens/s")
@@ -248,8 +245,16 @@ class Loop:
         first = self.points[0].loss if self.points else loss
         if math.isfinite(loss) and loss <= EXPLODED * max(first, math.log(vocabulary(self.engine.module.model))):
             return
-        raise StageError(
-            f"the loss at optimizer step {number} of {self.steps} is {loss}, for documents "
+        raise self.bad("loss", loss, number, batch)
+
+    def require_finite(self, norm: float, number: int, batch: Batch) -> None:
+        """Raises StageError for gradients that are not finite; under float16 DeepSpeed leaves such a step out."""
+        if not math.isfinite(norm) and not self.engine.fp16_enabled():
+            raise self.bad("norm of the gradients", norm, number, batch)
+
+    def bad(self, what: str, value: float, number: int, batch: Batch) -> StageError:
+        return StageError(
+            f"the {what} at optimizer step {number} of {self.steps} is {value}, for documents "
             f"{self.data.documents_of(batch)}: lower `learning_rate`, or look at these documents"
         )
 

@@ -118,6 +118,7 @@ def test_a_gang_spans_nodes_and_counts_what_idle_workers_would_return():
     "history, decision",
     [
         ([(DIED, "")], Decision.RETRY),
+        ([(DIED, "")] * 2, Decision.SMALLER),
         ([(DIED, "")] * ATTEMPTS, Decision.GIVE_UP),
         ([("OutOfMemoryError", "CUDA out of memory")], Decision.SMALLER),
         (

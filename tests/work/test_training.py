@@ -1,5 +1,6 @@
 """The training loop: what decides its numbers, and what moves rounding only."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from portllm.errors import Preempted, StageError
 from portllm.study.resources import Layout
-from portllm.work import head
+from portllm.work import checkpoints, head, training
 from portllm.work import loss as losses_of
 from portllm.work.batches import PAD_MULTIPLE, collate, finetune_batches, micro_batches, packed, padded, update_batches
 from portllm.work.checkpoints import complete
@@ -311,12 +312,12 @@ def test_a_training_killed_at_a_random_step_equals_an_undisturbed_one(
 ) -> None:
     killed = int(np.random.default_rng(seed).integers(2, 20))
 
-    def die(number: int, values: Any) -> None:
+    def die(number: int, steps: int, **values: float) -> None:
         if number == killed:
             raise KeyboardInterrupt
 
     model, run = toy.model(), toy.context(tmp_path, Layout(checkpoint_s=1e-9))
-    run.point, run.stop = die, lambda: False
+    run.progress, run.stop = die, lambda: False
     with pytest.raises(KeyboardInterrupt):
         train(model, toy.data(), toy.batches(), toy.OPTIMIZATION, "full", run, tmp_path)
     kept = complete(tmp_path / "kept")
@@ -325,17 +326,70 @@ def test_a_training_killed_at_a_random_step_equals_an_undisturbed_one(
     assert same(model, reference[0]) and ledger["resumed"] == [int(kept[-1].name.split("-")[1])]
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over_and_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_finished_or_cannot_be_read_is_passed_over_and_named_where_none_is_left(
+    reference: Any, tmp_path: Path
+) -> None:
     with pytest.raises(Preempted):
         toy.fit(tmp_path, stop=3)
     (tmp_path / "kept" / "step-000009-of-2").mkdir()
     (tmp_path / "kept" / "step-000009-of-2" / "rank1.safetensors").write_bytes(b"half")
     with pytest.raises(Preempted):
         toy.fit(tmp_path, stop=5)
-    (newest,) = [p for p in complete(tmp_path / "kept") if "05" in p.name]
-    (newest / "rank0.safetensors").chmod(0o644)
-    (newest / "rank0.safetensors").write_bytes(b"garbage")
-    with pytest.raises(StageError, match="step-000005-of-1: no checkpoint to go on from"):
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=7)
+    spoil(complete(tmp_path / "kept")[-1])
+    model, ledger = toy.fit(tmp_path)
+    assert ledger["resumed"] == [3, 5] and same(model, reference[0])
+    for path in complete(tmp_path / "kept"):
+        spoil(path)
+    with pytest.raises(StageError, match="step-000007-of-1: no checkpoint to go on from"):
+        toy.fit(tmp_path)
+
+
+def spoil(checkpoint: Path) -> None:
+    (checkpoint / "rank0.safetensors").chmod(0o644)
+    (checkpoint / "rank0.safetensors").write_bytes(b"garbage")
+
+
+def test_two_whole_checkpoints_lie_there_while_a_third_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0)
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append(len(complete(tmp_path / "kept"))))
+    toy.fit(tmp_path, Layout(checkpoint_s=1e-9))
+    assert seen[:2] == [0, 1] and set(seen[2:]) == {2} and len(complete(tmp_path / "kept")) == 2
+
+
+def test_checkpoints_are_ordered_by_their_step(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        (tmp_path / f"step-{step:06}-of-1").mkdir()
+        (tmp_path / f"step-{step:06}-of-1" / "rank0.safetensors").touch()
+    assert [path.name for path in complete(tmp_path)] == ["step-999999-of-1", "step-1000000-of-1"]
+
+
+def test_the_ledger_counts_what_earlier_attempts_spent(tmp_path: Path) -> None:
+    clock = iter(np.arange(0.0, 1e6, 1.0))  # a second passes each time that somebody looks
+    ledgers = {}
+    for name, stops in (("whole", []), ("halves", [5, 12])):
+        for stop in [*stops, None]:
+            run = replace(toy.context(tmp_path / name, Layout(), stop=stop), clock=lambda: float(next(clock)))
+            (tmp_path / name).mkdir(exist_ok=True)
+            with contextlib.suppress(Preempted):
+                ledgers[name] = train(
+                    toy.model(), toy.data(), toy.batches(), toy.OPTIMIZATION, "full", run, tmp_path / name
+                )
+    whole, halves = ledgers["whole"], ledgers["halves"]
+    assert whole["earlier_s"] == 0 and 0 < halves["earlier_s"] < halves["train_s"]
+    assert halves["train_s"] == pytest.approx(whole["train_s"], rel=0.1)
+    assert halves["peak_rss_bytes"] > 0
+
+
+def test_gradients_that_are_not_finite_stop_the_step_though_the_loss_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "gradient_norm", lambda engine: float("inf"))
+    with pytest.raises(StageError, match=r"norm of the gradients at optimizer step 1 of 20 is inf, for documents \[1"):
         toy.fit(tmp_path)
 
 

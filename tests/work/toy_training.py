@@ -58,7 +58,7 @@ def context(out: Path, layout: Layout, rank: int = 0, world: int = 1, stop: int 
     """Checkpoints lie in `out`; a training is told to stop after optimizer step `stop`."""
     run = RunContext(out / "scratch", Versions(), layout, rank, world, resume=out / "kept", log=lambda line: None)
     taken: list[int] = []
-    run.point = lambda number, values: taken.append(number)
+    run.progress = lambda number, steps, **values: taken.append(number)
     run.stop = lambda: taken[-1] == stop
     return run
 
