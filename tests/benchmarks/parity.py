@@ -82,7 +82,7 @@ def hflm(model: Path, task: str, limit: int | None, shots: int | None) -> tuple[
 
     words = transformers.AutoConfig.from_pretrained(model).vocab_size
     exact = "float64" if words > LARGE else None
-    size = 8 if task in CHOICES else 32
+    size = 32 if task not in CHOICES else 1 if words > LARGE else 8  # HFLM's float64 logits of 8 BoolQ rows are 12 GB
     lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=size, softmax_dtype=exact)
     built = lmeval.build(lmeval.TaskSource(task, data=DATA / "tasks" / task, num_fewshot=shots))
     found = lm_eval.evaluate(lm, {task: built}, limit=limit, log_samples=True, bootstrap_iters=0)
