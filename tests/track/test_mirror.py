@@ -267,3 +267,47 @@ def test_the_destination_is_the_store_unless_one_is_named(tmp_path: Path, monkey
     assert destination(tmp_path, "http://server:5000") == ("http://server:5000", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://database")
     assert destination(tmp_path) == ("postgresql://database", f"file://{tmp_path}/mlflow")
+
+
+def lines(first: int, last: int) -> list[dict[str, Any]]:
+    return [{"done": i, "total": STEPS, **step()["curve"][i - 1]} for i in range(first, last + 1)]
+
+
+def begun() -> dict[str, Any]:
+    return {name: value for name, value in step().items() if name not in ("curve", "summary", "wall_s", "devices")}
+
+
+def watched(store: Path, *parts: tuple[int, int], then: dict[str, Any] | None = None) -> None:
+    """A driver that sees parts of a curve, and the end if there is one."""
+    uri, root = destination(store)
+    mirror = Mirror(uri, "experiment", "study", artifact_root=root)
+    for part in parts:
+        mirror.watch(begun(), lines(*part))
+    if then is not None:
+        mirror.training(then)
+    assert mirror.close() == []
+
+
+def losses(read: Read) -> list[int]:
+    return [point.step for point in read.client.get_metric_history(read.training[0].info.run_id, "loss")]
+
+
+def test_a_curve_seen_while_it_grew_is_written_once(store: Path) -> None:
+    watched(store, (1, 5), (6, 300), then=step())
+    read = Read(store)
+    assert losses(read) == list(range(1, STEPS + 1))
+    assert read.training[0].info.status == "FINISHED"
+    assert read.training[0].data.metrics["summary/tokens"] == 5000
+    assert read.training[0].data.params["lora.rank"] == "8"
+
+
+def test_a_training_that_goes_on_under_another_driver_goes_on_in_its_run(store: Path) -> None:
+    """Killed at step 9, resumed from a checkpoint of step 6: its curve has every step once."""
+    watched(store, (1, 9))
+    assert (losses(Read(store)), Read(store).training[0].info.status) == (list(range(1, 10)), "FAILED")
+    watched(store, (7, 12), (13, 20), then=step())
+    read = Read(store)
+    assert losses(read) == list(range(1, STEPS + 1))
+    assert [run.info.status for run in read.training] == ["FINISHED"]
+    before = read.picture()
+    assert everything(store) == [] and Read(store).picture()["f" * 64] == before["f" * 64]
