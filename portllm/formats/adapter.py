@@ -95,6 +95,11 @@ class Adapter:
     """All of `adapter_config.json`."""
 
     @property
+    def dropout(self) -> float:
+        """Share of its inputs that a training of it drops; nothing else reads it."""
+        return float(self.config.get("lora_dropout") or 0)
+
+    @property
     def beyond_deltas(self) -> str | None:
         """What it does besides adding: such a patch has no multiple, and does not add up with others."""
         if self.replaced:
@@ -169,6 +174,8 @@ def _require_types(file: Path, config: Mapping[str, Any]) -> None:
                 raise ResolveError(f"{file}: `{name}` is {value!r}; ranks are positive integers, alphas finite numbers")
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
         raise ResolveError(f"{file}: `bias` is {config['bias']!r}, which is none of none, all, lora_only")
+    if type(dropout := config.get("lora_dropout") or 0) not in (int, float):
+        raise ResolveError(f"{file}: `lora_dropout` is {dropout!r}, no number")
     if not isinstance(base := config.get("base_model_name_or_path"), str | None):
         raise ResolveError(f"{file}: `base_model_name_or_path` is {base!r}, no name")
     saved = config.get("modules_to_save") or []

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from portllm.errors import ResolveError
 from portllm.formats import adapter, tensors
+from portllm.formats.dropout import dropouts
 from portllm.resolve import shapes
 from portllm.resolve.source import Sources, about
-from portllm.study.facts import ModelFacts, PatchFacts, Shape
+from portllm.study.facts import Given, ModelFacts, PatchFacts
 from portllm.study.spec import Model
 
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -33,6 +34,7 @@ def directory_facts(path: Path, sources: Sources) -> ModelFacts:
         tokenizer=sources.given("tokenizer", path, tokenizer),
         shape=shapes.from_tensors({n: e.shape for n, e in entries.items()}, config, storage),
         storage=storage,
+        dropout=dropouts(config),
     )
 
 
@@ -42,33 +44,33 @@ def model_facts(name: str, model: Model, sources: Sources) -> ModelFacts:
         directory = sources.directory(model.path, f"models.{name}.path")
         with about(f"models.{name}.path"):
             return directory_facts(directory, sources)
-    if model.gguf:
-        file = sources.file(model.gguf, f"models.{name}.gguf", mend="`make gemma` fetches the one the examples use")
-        with file.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ResolveError(f"models.{name}.gguf: {file} is not a GGUF file")
-        given = sources.given("gguf", file, [file])
-        return ModelFacts(
-            None, None, source=given, storage=model.dtype or "bfloat16", shape=_configured(name, model, sources)
-        )
+    config = _configuration(name, model, sources)
     storage = model.dtype or ("float32" if model.init else "bfloat16")
-    return ModelFacts(None, None, shape=_configured(name, model, sources), storage=storage)
+    shape = shapes.from_config(config, storage)
+    if model.gguf:  # such a file states no dropout
+        return ModelFacts(None, None, source=_gguf(name, model.gguf, sources), shape=shape, storage=storage)
+    return ModelFacts(None, None, shape=shape, storage=storage, dropout=dropouts(config))
 
 
-def _configured(name: str, model: Model, sources: Sources) -> Shape | None:
-    """Shape from a configuration: the one named, the one that ships, or `init`'s own."""
-    storage = model.dtype or "bfloat16"
+def _gguf(name: str, path: str, sources: Sources) -> Given:
+    file = sources.file(path, f"models.{name}.gguf", mend="`make gemma` fetches the one the examples use")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ResolveError(f"models.{name}.gguf: {file} is not a GGUF file")
+    return sources.given("gguf", file, [file])
+
+
+def _configuration(name: str, model: Model, sources: Sources) -> Mapping[str, object]:
+    """A model's configuration before a run: the one named, the one that ships, or `init`'s own; empty where unknown."""
     if model.init:
-        config = {
+        return {
             **_defaults(model.init.config),
             "model_type": model.init.model_type,
             "vocab_size": model.init.vocabulary,
         }
-        return shapes.from_config(config, model.dtype or "float32")
     if not model.shape:
-        return None
-    file = shapes.shipped(model.shape) or sources.file(model.shape, f"models.{name}.shape")
-    return shapes.from_config(shapes.load_config(file), storage)
+        return {}
+    return shapes.load_config(shapes.shipped(model.shape) or sources.file(model.shape, f"models.{name}.shape"))
 
 
 def _defaults(config: Mapping[str, object]) -> dict[str, object]:
@@ -111,4 +113,5 @@ def patch_facts(where: str, path: str, models: Mapping[str, ModelFacts], sources
                 stored, config = tensors.model_tensors(root), tensors.read_json(root / "config.json")
                 adapter.require_fits(read, stored, adapter.ties_embeddings(config, stored))
     ranks = sorted({t.rank for t in read.targets.values()}, reverse=True)
-    return PatchFacts(sources.given("patch", directory, tensors.content_files(directory)), rank=ranks[0])
+    given = sources.given("patch", directory, tensors.content_files(directory))
+    return PatchFacts(given, rank=ranks[0], dropout=read.dropout)

@@ -52,6 +52,8 @@ class ModelFacts:
     shape: Shape | None = None
     """None where nothing is known offline."""
     storage: Dtype = "float32"
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    """Dropouts that its configuration states and that are not 0, by field."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class PatchFacts:
     root: Given
     rank: int
     parameters: int = 0
+    dropout: float = 0.0
+    """Its `lora_dropout`."""
 
 
 @dataclass(frozen=True)
@@ -178,4 +182,5 @@ def _model(value: Mapping[str, Any]) -> ModelFacts:
         source=_given(value["source"]),
         shape=_shape(shape) if shape else None,
         storage=value["storage"],
+        dropout=value["dropout"],
     )

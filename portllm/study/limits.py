@@ -2,7 +2,7 @@
 
 from portllm.errors import SpecError
 from portllm.study.complaints import did_you_mean
-from portllm.study.facts import ModelFacts
+from portllm.study.facts import ModelFacts, PatchFacts
 from portllm.study.recipes import Lora
 
 
@@ -19,6 +19,35 @@ def check_corpus(name: str, held: int | None, asked: int, field: str) -> None:
         raise SpecError(
             f"{field}: {asked:,} tokens of corpus `{name}` are asked for up to here, and its documents hold at "
             f"most {held:,}: ask for fewer, or give a longer corpus"
+        )
+
+
+_MASKS = "a training here has no dropout, whose masks would depend on ranks and micro-batches"
+
+
+def check_dropout(model: ModelFacts | None, where: str) -> None:
+    """A dropout in the configuration of a model that is trained. Evaluation reads none, and asks nothing."""
+    if not model or not model.dropout:
+        return
+    stated = ", ".join(f"`{name}`: {value}" for name, value in model.dropout.items())
+    file, mend = "the model's config.json", "give the model as a directory (`path`), and write 0 in its config.json"
+    if model.root:
+        file, mend = f"{model.root.path}/config.json", "write 0 there (no score changes)"
+    raise SpecError(f"{where}: {file} says {stated}, and {_MASKS}: {mend}")
+
+
+def check_init_dropout(model: ModelFacts, where: str) -> None:
+    """A dropout in `init`'s own configuration."""
+    if name := next(iter(model.dropout), None):
+        raise SpecError(f"{where}.{name}: {model.dropout[name]}, but {_MASKS}: write 0, or leave it out")
+
+
+def check_patch_dropout(patch: PatchFacts, where: str) -> None:
+    """A dropout in an adapter that is trained further (arm `warm`)."""
+    if patch.dropout:
+        raise SpecError(
+            f"{where}: {patch.root.path}/adapter_config.json says `lora_dropout`: {patch.dropout}, and arm warm trains "
+            f"this patch further: {_MASKS}: write 0 there (what the patch adds stays the same)"
         )
 
 

@@ -13,9 +13,16 @@ from portllm.errors import SpecError
 from portllm.study import recipes as r
 from portllm.study.conversion import layout_of, lora_recipe, optimization, text_recipe
 from portllm.study.estimate import cost
-from portllm.study.facts import Facts, Given, TaskFacts
+from portllm.study.facts import Facts, Given, PatchFacts, TaskFacts
 from portllm.study.keys import step_key
-from portllm.study.limits import check_corpus, check_length, check_lora
+from portllm.study.limits import (
+    check_corpus,
+    check_dropout,
+    check_init_dropout,
+    check_length,
+    check_lora,
+    check_patch_dropout,
+)
 from portllm.study.resources import Layout
 from portllm.study.spec import (
     ApplyMode,
@@ -139,10 +146,12 @@ class _Planner:
             return
         given = list(self._given_patches(lineage, task)) if arm in ("port", "warm") else []
         recipe = None if given and arm == "port" else self._finetune_fields(lineage, task)
-        for key, rank in given:
+        for facts in given:
+            key, rank = self._give(facts.root), facts.rank
             if recipe is None or not version.t:
                 yield 0, (key,), rank, None
                 continue
+            check_patch_dropout(facts, f"patches.{task.task}")
             for seed in recipe.seeds:
                 warm = self._finetune(lineage, update_seed, version, task, recipe, rank, seed, start=key)
                 yield version.t, (warm,), rank, seed
@@ -156,11 +165,10 @@ class _Planner:
                     key = self._finetune(lineage, update_seed, version, task, recipe, rank, seed, start=key)
                 yield version.t if arm == "warm" else source.t, (key,), rank, seed
 
-    def _given_patches(self, lineage: str, task: Task) -> Iterator[tuple[str, int]]:
+    def _given_patches(self, lineage: str, task: Task) -> Iterator[PatchFacts]:
         for i, patch in enumerate(self.study.patches.get(task.task, [])):
             if patch.model in (None, self.study.lineages[lineage].model):
-                facts = self.facts.patches[task.task, i]
-                yield self._give(facts.root), facts.rank
+                yield self.facts.patches[task.task, i]
 
     def _diagnose(self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task) -> None:
         """Every ported patch on a version, beside the refit of the same rank and seed where there is one."""
@@ -211,6 +219,7 @@ class _Planner:
             recipe = replace(recipe, source="hub", hub=model.hub, revision=model.revision or "unpinned")
         elif model.init:
             check_length(model.init.sequence_length, facts, f"models.{name}.init.sequence_length")
+            check_init_dropout(facts, f"models.{name}.init.config")
             held = self.facts.corpora[model.init.corpus].most_tokens
             check_corpus(model.init.corpus, held, model.init.tokens, f"models.{name}.init.tokens")
             recipe, inputs = self._init(model.init, facts.storage)
@@ -251,6 +260,7 @@ class _Planner:
         assert update.corpus is not None and update.method is not None and update.tokens is not None
         where = f"lineages.{lineage}.updates[{i}]"
         check_length(update.sequence_length, version.facts, f"{where}.sequence_length")
+        check_dropout(version.facts, where)
         lora = lora_recipe(update.rank, update.alpha, update.targets) if update.method == "lora" else None
         if lora:
             check_lora(lora, version.facts, where)
@@ -373,6 +383,7 @@ class _Planner:
         """A patch trained on a version, from nothing or, with fewer steps, from the patch `start`."""
         lora = lora_recipe(rank, fields.alpha, fields.targets)
         check_lora(lora, version.facts, f"finetune (task {task.task})")
+        check_dropout(version.facts, f"finetune (task {task.task})")
         epochs = fields.epochs if fields.epochs or fields.steps else 1.0
         recipe = r.Finetune(
             lora=lora,

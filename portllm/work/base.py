@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from portllm.errors import StageError
+from portllm.formats.dropout import dropouts
 from portllm.formats.text import documents
 from portllm.study.recipes import Base, Optimization, Text
 from portllm.work.batches import packed, update_batches
@@ -85,10 +86,18 @@ def fresh_model(recipe: Base, tokenizer: Any, seed: int) -> Any:
     options = {"vocab_size": len(tokenizer), **ids, **recipe.config}
     try:
         config = AutoConfig.for_model(str(recipe.model_type), **options)
+        leave_out_dropout(config, recipe.config)
         seed_everything(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
         raise StageError(f"no model of type `{recipe.model_type}` can be made from `config`: {error}") from error
+
+
+def leave_out_dropout(config: Any, stated: Mapping[str, Any]) -> None:
+    """Writes 0 where only transformers' own defaults ask for dropout (0.1 for GPT-2): no training here has any."""
+    text = config.get_text_config()
+    for name in dropouts(text.to_dict()).keys() - stated.keys():
+        setattr(text, name, 0.0)
 
 
 def pretrain(
@@ -146,6 +155,7 @@ def dequantise(recipe: Base, inputs: Mapping[str, Path], out: Path, run: RunCont
     except ImportError as error:
         raise StageError(f"reading {file.name} needs the package `gguf`: pip install gguf") from error
     model.config.name_or_path = ""
+    leave_out_dropout(model.config, {})  # a GGUF file states none
     tokenizer.save_pretrained(out)
     save(model.to(storage), out)
     return {"total_parameters": model.num_parameters()}

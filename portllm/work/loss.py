@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from portllm.errors import StageError
+from portllm.formats.dropout import dropouts, is_dropout
 from portllm.work.head import Head, body
 from portllm.work.last_layer import LastLayer
 
@@ -96,11 +99,22 @@ def head_blocks(model: Any, rows: int) -> int:
     return max(1, -(-rows * vocabulary(model) // BLOCK_LOGITS))
 
 
-def silence_dropout(model: Any) -> None:
-    """Sets every dropout to 0: masks would depend on ranks and micro-batches."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+def require_no_dropout(model: Any) -> None:
+    """Raises StageError where a training would drop anything: its masks would depend on ranks and micro-batches."""
+    stated = dropouts(model.config.to_dict())
+    mend = "give the model as a directory (`path`) whose config.json says 0"
+    if not stated:
+        stated = {f"{place}.{name}": p for place, module in model.named_modules() for name, p in _drops(module).items()}
+        mend = "write `lora_dropout`: 0 in the adapter_config.json of the patch that is trained further"
+        if not all(".lora_dropout." in name for name in stated):
+            mend = f"{type(model).__name__} states it in no configuration, and cannot be trained"
+    if stated:
+        (name, value), *more = stated.items()
+        others = f" (and {len(more)} more)" if more else ""
+        raise StageError(f"the model's `{name}` is {value}{others}, and a training here has no dropout: {mend}")
+
+
+def _drops(module: nn.Module) -> dict[str, float]:
+    """Dropouts of a module that are not 0, by attribute."""
+    own = {"p": module.p} if isinstance(module, _DropoutNd) and module.p else {}
+    return own | {name: value for name, value in vars(module).items() if is_dropout(name, value)}

@@ -34,7 +34,7 @@ from portllm.work.checkpoints import Checkpoints
 from portllm.work.context import RunContext, Summary
 from portllm.work.deepspeed_config import Trains, deepspeed_config
 from portllm.work.ledger import Meter
-from portllm.work.loss import SummedLoss, head_blocks, silence_dropout, vocabulary
+from portllm.work.loss import SummedLoss, head_blocks, require_no_dropout, vocabulary
 from portllm.work.points import Point
 
 
@@ -57,7 +57,7 @@ def train(
     prepare(run, optimization.seed)
     meter = Meter(run)
     model.train()
-    silence_dropout(model)
+    require_no_dropout(model)
     if run.layout.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(SummedLoss(model), config, optimization, run)

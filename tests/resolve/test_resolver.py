@@ -115,6 +115,39 @@ def test_a_missing_column_of_a_task_is_named(copy):
         open_study(copy)
 
 
+def test_dropout_of_a_model_is_found_where_it_is_stated(copy):
+    config = copy.parent / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+    with pytest.raises(SpecError, match=r"model/config.json says `attention_dropout`: 0.1, .*: write 0 there"):
+        keys(copy)
+    assert keys(copy, "lineages={soft: {model: m}}", "arms=[none]")
+
+
+def test_dropout_of_a_pretraining_is_found_in_the_study(copy):
+    init = "models.m={init: {model_type: gpt2, corpus: c, tokens: 256, learning_rate: 1e-3, config: {%s}}}"
+    with pytest.raises(SpecError, match=r"^models\.m\.init\.config\.attn_pdrop: 0.1, .*: write 0, or leave it out"):
+        keys(copy, init % "attn_pdrop: 0.1")
+    assert keys(copy, init % "attn_pdrop: 0.0")
+
+
+def test_dropout_of_a_hub_model_is_known_by_its_shape(copy):
+    (copy.parent / "shape.json").write_text('{"model_type": "phi", "resid_pdrop": 0.1}')
+    with pytest.raises(SpecError, match=r"`resid_pdrop`: 0.1, .*: give the model as a directory \(`path`\)"):
+        keys(copy, "models.m={hub: microsoft/phi-2, shape: shape.json}")
+
+
+def test_dropout_of_a_patch_is_found_in_its_configuration(copy):
+    write_patch(copy.parent / "patch", copy.parent / "model")
+    config = copy.parent / "patch" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": 0.1}))
+    assert keys(copy, "patches={mood: patch}", "arms=[none, port]")
+    with pytest.raises(SpecError, match=r"patch/adapter_config.json says `lora_dropout`: 0.1"):
+        keys(copy, "patches={mood: patch}", "arms=[none, port, warm]")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": "much"}))
+    with pytest.raises(ResolveError, match="`lora_dropout` is 'much', no number"):
+        keys(copy, "patches={mood: patch}")
+
+
 def test_a_patch_of_another_architecture_is_refused(copy):
     other = write_model(copy.parent / "other", hidden=16)
     write_patch(copy.parent / "patch", other)

@@ -239,6 +239,40 @@ def test_what_a_pretraining_cannot_have_is_refused(override, message, tmp_path, 
     assert message in capsys.readouterr().err
 
 
+def dropping(**dropout):
+    return {"m": replace(facts().models["m"], dropout=dropout)}
+
+
+@pytest.mark.parametrize(
+    "override, place",
+    [
+        ("arms=[none]", r"lineages\.soft\.updates\[0\]"),
+        ("lineages={l: {model: m, updates: [{corpus: c, method: full, tokens: 1000}]}}", r"lineages\.l\.updates\[0\]"),
+        ("lineages={l: {model: m}}", r"finetune \(task easy\)"),
+    ],
+)
+def test_a_model_with_dropout_is_not_trained_and_the_file_to_mend_is_named(override, place):
+    message = rf"^{place}: /given/m/config.json says `attention_dropout`: 0.1, and .* no dropout, .*: write 0 there"
+    with pytest.raises(SpecError, match=message):
+        plan(override, models=dropping(attention_dropout=0.1))
+
+
+def test_a_model_with_dropout_is_evaluated_and_ported_to():
+    nothing_trained = ("lineages={l: {model: m}}", "patches={easy: p, hard: p}", "arms=[none, port]")
+    both = {(task, 0): facts().patches["easy", 0] for task in ("easy", "hard")}
+    found = plan(*nothing_trained, models=dropping(resid_pdrop=0.1), patches=both)
+    assert {step.stage for step in found.steps.values()} == {"requests", "evaluate"}
+
+
+def test_a_patch_with_dropout_is_ported_but_not_trained_further():
+    dropped = {("easy", 0): replace(facts().patches["easy", 0], dropout=0.05)}
+    assert plan("arms=[none, port]", "patches={easy: p}", patches=dropped).cells
+    with pytest.raises(
+        SpecError, match=r"^patches\.easy: .*p/adapter_config.json says `lora_dropout`: 0.05, .*: write 0"
+    ):
+        plan("arms=[none, port, warm]", "patches={easy: p}", patches=dropped)
+
+
 def test_twin_tasks_screen_each_other():
     known = facts()
     same = {n: type(t)(**(vars(t) | {"template": "same"})) for n, t in known.tasks.items()}

@@ -19,10 +19,12 @@ _ALTERNATING = {
     "sliding_window": 8,
     "tie_word_embeddings": True,
 }
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""0.1 by default in GPT-2."""
 CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
     "mistral": lambda: transformers.MistralConfig(**_LLAMA, tie_word_embeddings=True),
-    "gpt2": lambda: transformers.GPT2Config(**_COMMON, n_embd=40, n_layer=2, n_head=4),
+    "gpt2": lambda: transformers.GPT2Config(**_COMMON, n_embd=40, n_layer=2, n_head=4, **NO_DROPOUT),
     "gemma2": lambda: transformers.Gemma2Config(**_LLAMA | _ALTERNATING),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_LLAMA | _ALTERNATING),
     "qwen2": lambda: transformers.Qwen2Config(**_LLAMA, tie_word_embeddings=False),
