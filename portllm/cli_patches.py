@@ -16,6 +16,7 @@ from portllm.errors import SpecError
 from portllm.terminal import Json, print_json
 
 if TYPE_CHECKING:
+    from portllm.work.cells import At
     from portllm.work.source import Terms
 
 app = typer.Typer()
@@ -240,7 +241,7 @@ def evaluate(
         raise SpecError(f"--items {items}: there is no directory {items.parent}")
     asked = Asked(names, data_root, include_path, num_fewshot, limit, mode, dtype, _device())
     found = []
-    with _status_shown(quiet=json) as told:
+    with _cells_shown() as told:
         for scored in score(model_directory(model), patch or [], asked, told):
             found.append(scored)
     for line in score_notes(found):
@@ -258,18 +259,25 @@ def _device() -> str:
 
 
 @contextlib.contextmanager
-def _status_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """The cell that is being scored, on a terminal."""
-    on_terminal = not quiet and sys.stderr.isatty()
-    begun = 0
+def _cells_shown() -> Iterator[Callable[[At], None]]:
+    """The cell that is being scored, a bar of its requests and the time they take yet, on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda at: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def show(what: str) -> None:
-        nonlocal begun
-        begun += 1
-        print(f"\r\x1b[K[{begun}] {what} …", end="", file=sys.stderr, flush=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("preparing", total=None)
 
-    try:
-        yield show if on_terminal else lambda what: None
-    finally:
-        if on_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        def show(at: At) -> None:
+            nonlocal row
+            if at.total is not None:
+                bar.update(row, completed=at.done, total=at.total)
+                return
+            bar.remove_task(row)
+            patch = f", {at.patch.name}" if at.patch else ""
+            row = bar.add_task(f"[{at.cell}/{at.cells}] {at.task}{patch}", total=None)
+
+        yield show

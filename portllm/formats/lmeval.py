@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 from portllm.errors import ResolveError
 from portllm.formats.lmeval_build import Task, TaskSource, build, file_of, quiet
+from portllm.formats.lmeval_generation import new_tokens
 from portllm.formats.lmeval_index import cache_dir, definition_digest, expand, locate, merged_config
+from portllm.formats.lmeval_nulls import null_in_texts
 
 __all__ = [
     "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "definition_digest", "doc_hash", "documents",
@@ -54,6 +56,8 @@ class TaskFacts:
     num_fewshot: int
     choices: int
     """Requests of the first document."""
+    new_tokens: int
+    """Tokens that a generated text may have; 0 where nothing is generated."""
     template: str
     """doc_to_text, or its source where it is a function: tasks that share it may share documents."""
 
@@ -199,8 +203,9 @@ def gold_choices(task: Task, doc: dict[str, Any]) -> list[int]:
 def check(source: TaskSource, training: bool = False) -> TaskFacts:
     """What a plan must know of a task; every evaluated (and with `training` every training) document is looked at.
 
-    Raises ResolveError naming task, file and column: a column the templates miss, a label outside the choices, an
-    empty split. A task without training documents has `training` 0.
+    Raises ResolveError naming task, file and column: a column the templates miss, a null that a prompt would show, a
+    label outside the choices, an empty split; and for generation that is not greedy. A task without training documents
+    has `training` 0.
     """
     task = build(source)
     evaluated, trained = documents(task), training_documents(task)
@@ -212,14 +217,16 @@ def check(source: TaskSource, training: bool = False) -> TaskFacts:
         raise ResolveError(f"task `{source.name}`: {file_of(source, True)} holds no documents to draw few-shot "
                            f"examples from")  # fmt: skip
     with quiet():
-        _check_answers(task, source, evaluated, False)
+        _check_rows(task, source, evaluated, False)
         if training or (shots and trained):
-            _check_answers(task, source, trained, True)
+            _check_rows(task, source, trained, True)
         return _facts(task, source, evaluated, len(trained))
 
 
 def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], training: int) -> TaskFacts:
     metric, filter_name = primary(task)
+    requests = _requests(task, evaluated[0], 0, _context(task, evaluated[0]))
+    generates = task.OUTPUT_TYPE == "generate_until"
     return TaskFacts(
         name=source.name,
         output_type=str(task.OUTPUT_TYPE),
@@ -231,7 +238,8 @@ def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], trai
         documents=len(evaluated),
         training=training,
         num_fewshot=task.config.num_fewshot,
-        choices=len(_requests(task, evaluated[0], 0, _context(task, evaluated[0]))),
+        choices=len(requests),
+        new_tokens=new_tokens(source.name, requests[0].args[1]) if generates else 0,
         template=_template(task.config.doc_to_text),
     )
 
@@ -242,6 +250,14 @@ def _template(spec: Any) -> str:
 
 def _target(task: Task) -> Any:
     return task.config.doc_to_text if task.multiple_input else task.config.doc_to_target
+
+
+def _check_rows(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:
+    if found := null_in_texts(task, rows):
+        raise ResolveError(f"task `{source.name}`: {file_of(source, training)}, document {found[0]}: column "
+                           f"`{found[1]}` is null, and a prompt, target or choice is made of it: fill it, or leave the "
+                           f"row out")  # fmt: skip
+    _check_answers(task, source, rows, training)
 
 
 def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from portllm.errors import ResolveError
 from portllm.formats import lmeval
+from portllm.formats.lmeval_generation import new_tokens
 from portllm.formats.lmeval_index import definition_files, merged_config
 from portllm.resolve.digests import cache_directory, write_cache
 from portllm.resolve.source import Sources, about
@@ -31,7 +32,7 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
         return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{path}"))
     content = [
         "task",
-        1,
+        2,
         package_version("lm_eval"),
         source.name,
         config,
@@ -112,12 +113,15 @@ def _offline(source: lmeval.TaskSource, facts: TaskFacts) -> TaskFacts:
     choices = config.get("doc_to_choice")
     metrics: list[dict[str, Any]] = config.get("metric_list") or [{"metric": "acc"}]
     shots = config.get("num_fewshot") or 0
+    kind = str(config.get("output_type", "generate_until"))
+    asked = config.get("generation_kwargs") or {}
     return replace(
         facts,
-        output_type=str(config.get("output_type", "generate_until")),
+        output_type=kind,
         metric=str(metrics[0]["metric"]),
         num_fewshot=shots if source.num_fewshot is None else source.num_fewshot,
         choices=len(choices) if isinstance(choices, list) else 2,
+        new_tokens=new_tokens(source.name, asked) if kind == "generate_until" else 0,
         template=str(config.get("doc_to_text", "")),
     )
 
@@ -135,7 +139,7 @@ def _remembered(content: list[Any], source: lmeval.TaskSource, facts: TaskFacts)
 def _checked(source: lmeval.TaskSource) -> Iterator[tuple[str, Any]]:
     """Training documents are looked at as well wherever there are any."""
     facts = lmeval.check(source, training=_has_training(source))
-    for name in ("output_type", "metric", "documents", "training", "num_fewshot", "choices", "template"):
+    for name in ("output_type", "metric", "documents", "training", "num_fewshot", "choices", "new_tokens", "template"):
         yield name, getattr(facts, name)
 
 

@@ -90,6 +90,8 @@ class TaskFacts:
     """Training documents."""
     num_fewshot: int = 0
     choices: int = 1
+    new_tokens: int = 0
+    """Tokens that a generated text may have; 0 where nothing is generated."""
     template: str = ""
     """doc_to_text: tasks that share it could leak into each other's training."""
 

@@ -13,6 +13,16 @@ def check_length(length: int, model: ModelFacts | None, field: str) -> None:
         raise SpecError(f"{field}: {length} tokens, but the model reads at most {shape.max_positions}")
 
 
+def check_room(task: str, new_tokens: int, window: int) -> None:
+    """Generated text that leaves no room for a prompt; lm-eval's HFLM refuses it, too. A window of 0 is unknown."""
+    if 0 < window <= new_tokens:
+        raise SpecError(
+            f"task `{task}`: generation_kwargs ask for up to {new_tokens} new tokens (max_gen_toks), and the model "
+            f"reads {window} in all: no room is left for a prompt; give a definition of your own with fewer "
+            f"(include_path), or leave the task out"
+        )
+
+
 def check_corpus(name: str, held: int | None, asked: int, field: str) -> None:
     """More tokens than a corpus can hold (`CorpusFacts.most_tokens`)."""
     if held is not None and held < asked:

@@ -22,6 +22,7 @@ from portllm.study.limits import (
     check_length,
     check_lora,
     check_patch_dropout,
+    check_room,
 )
 from portllm.study.resources import Layout
 from portllm.study.spec import (
@@ -413,7 +414,9 @@ class _Planner:
     def _evaluate(
         self, version: Version, patches: tuple[str, ...], task: Task, mode: ApplyMode, label: str, model: str
     ) -> str:
-        settings = self.study.evaluate
+        settings, facts = self.study.evaluate, self.facts.tasks[task.task]
+        if version.facts and version.facts.shape:
+            check_room(task.task, facts.new_tokens, version.facts.shape.max_positions)
         recipe = r.Evaluate(
             lm_eval=self.facts.lm_eval,
             apply=mode if patches else "merged",
@@ -422,7 +425,7 @@ class _Planner:
             score_tokens=settings.score_tokens,
         )
         inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
-        inputs |= {"requests": self._requests(task, version)} | self._task_inputs(self.facts.tasks[task.task])
+        inputs |= {"requests": self._requests(task, version)} | self._task_inputs(facts)
         return self._add(
             "evaluate",
             recipe,

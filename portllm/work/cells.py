@@ -3,8 +3,9 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import pyarrow.parquet as pq
 from portllm.errors import ResolveError
 from portllm.formats import lmeval
 from portllm.formats.adapter import read_adapter
+from portllm.study.limits import check_room
 from portllm.study.recipes import Dtype, Evaluate, Requests
 from portllm.work.context import RunContext
 from portllm.work.evaluate import evaluate
 from portllm.work.requests import requests
 from portllm.work.source import Source
+from portllm.work.tokenizing import load_tokenizer, window
 from portllm.work.versions import Versions
 
 
@@ -51,10 +54,27 @@ class Scored:
     items: pa.Table
 
 
+@dataclass(frozen=True)
+class At:
+    """How far the scoring is."""
+
+    cell: int
+    """The cell at work, from 1."""
+    cells: int
+    task: str
+    patch: Path | None
+    done: int = 0
+    """Requests of this cell."""
+    total: int | None = None
+    """None until its first ones are done."""
+
+
 def score(
-    model: Path, patches: Sequence[Path], asked: Asked, told: Callable[[str], None] = lambda what: None
+    model: Path, patches: Sequence[Path], asked: Asked, told: Callable[[At], None] = lambda at: None
 ) -> Iterator[Scored]:
-    """Every patch on every task, or the model itself where there is no patch. `told` hears of each cell that begins.
+    """Every patch on every task, or the model itself where there is no patch.
+
+    `told` hears of each cell when it begins and whenever some of its requests are done.
 
     Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded.
     """
@@ -65,17 +85,21 @@ def score(
         run = RunContext(root, Versions(), device=asked.device, log=lambda line: None)
         stack.callback(run.versions.close)
         made = {task: _requests(model, task, given, asked, root, run) for task, given in checked.items()}
-        for number, patch in enumerate(patches or [None]):
-            for task, inputs in made.items():
-                told(f"{task}{f', {patch.name}' if patch else ''}")
-                applied = {"patch1": patch} if patch else {}
-                out = root / "cells" / f"{number}-{task}"
-                scales = (1.0,) * len(applied)
-                recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
-                summary = evaluate(recipe, {"root": model, **inputs, **applied}, out, run)
-                yield Scored(
-                    patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet")
-                )
+        each: list[Path | None] = [*patches] or [None]
+        cells = list(product(each, made))
+        for number, (patch, task) in enumerate(cells, 1):
+            at = At(number, len(cells), task, patch)
+            told(at)
+            applied = {"patch1": patch} if patch else {}
+            out = root / "cells" / str(number)
+            scales = (1.0,) * len(applied)
+            recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
+            summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
+            yield Scored(patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet"))
+
+
+def _telling(run: RunContext, at: At, told: Callable[[At], None]) -> RunContext:
+    return replace(run, progress=lambda done, total: told(replace(at, done=done, total=total)))
 
 
 def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, dict[str, Path]]:
@@ -91,7 +115,9 @@ def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, di
                 if not (asked.data_root / task).is_dir():
                     raise ResolveError(f"{asked.data_root}: no directory `{task}` with validation.parquet")
                 given["data"] = asked.data_root / task
-            lmeval.check(lmeval.TaskSource(task, asked.include, given.get("data"), num_fewshot=asked.num_fewshot))
+            source = lmeval.TaskSource(task, asked.include, given.get("data"), num_fewshot=asked.num_fewshot)
+            if new_tokens := lmeval.check(source).new_tokens:
+                check_room(task, new_tokens, window(model, load_tokenizer(model)))
             found[task] = given
     return found
 

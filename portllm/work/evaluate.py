@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunCo
     resident = run.open(inputs, recipe.dtype)
     with resident.applied(list(zip(patches, recipe.scales, strict=True)), mode=recipe.apply):
         started = run.clock()
-        responses, noted = respond(resident, requests, recipe.score_tokens)
+        responses, noted = respond(resident, requests, recipe.score_tokens, run.progress)
         score_s = run.clock() - started
     graded = grade(task, documents, requests, responses)
     results = {"metrics": graded.metrics, "n": len(documents), "num_fewshot": requests.meta["num_fewshot"]}
@@ -76,16 +76,19 @@ def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunCo
     return {**results, **noted, "score_s": score_s, "items_per_s": speed}
 
 
-def respond(resident: Any, requests: RequestSet, budget: int) -> tuple[list[Any], dict[str, int]]:
+def respond(
+    resident: Any, requests: RequestSet, budget: int, progress: Callable[[int, int], None]
+) -> tuple[list[Any], dict[str, int]]:
     """lm-eval's response to each request, (log-likelihood, is greedy), log-likelihood or text; and what was noted.
 
-    Noted are requests that were truncated, and batches that were halved for want of memory.
+    Noted are requests that were truncated, and batches that were halved for want of memory. `progress` hears how many
+    requests are done, of how many.
     """
     kind = requests.meta["output_type"]
     if kind == "generate_until":
-        made = generate(resident.model, resident.tokenizer, requests, budget)
+        made = generate(resident.model, resident.tokenizer, requests, budget, progress)
         return made.texts, {"truncated": made.truncated, "halved": made.halved}
-    scores = loglikelihoods(resident.model, requests, budget)
+    scores = loglikelihoods(resident.model, requests, budget, progress)
     noted = {"truncated": scores.truncated, "halved": scores.halved}
     likely = scores.loglikelihoods.tolist()
     return likely if kind == "loglikelihood_rolling" else list(zip(likely, scores.greedy.tolist(), strict=True)), noted

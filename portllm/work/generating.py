@@ -8,7 +8,7 @@ Shape suffixes: B rows of a batch, S tokens of a pass, L tokens seen so far, R t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.formats.lmeval_generation import generation, not_greedy
 from portllm.work.drafts import LONGEST, Draft, length
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
@@ -24,8 +25,6 @@ from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
 from portllm.work.scoring import batches, max_length, padded
 
-_MAX_TOKENS = 256
-"""HFLM's default for max_gen_toks."""
 ROWS = 8
 """Token budgets that a batch fills with prompts and their texts: a pass for one more token takes nearly as long for a
 dozen rows as for fifty."""
@@ -34,7 +33,6 @@ GAPS = 32
 _PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
           "suppress_tokens": [], "bad_words_ids": [], "forced_eos_token_id": None}  # fmt: skip
 """Settings of a generation_config.json that would move a greedy choice, and their values that do not."""
-_GREEDY = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,17 @@ class Texts:
     """Batches that ran out of memory and were generated in halves."""
 
 
-def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> Texts:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    requests: RequestSet,
+    budget: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Texts:
     """Continues the prompt of each request; a batch holds at most ROWS · `budget` tokens, texts and padding included.
 
-    Raises StageError for what is not greedy.
+    `progress` hears how many texts are done, of how many, whenever some of a batch have ended. Raises StageError for
+    what is not greedy.
     """
     stops = _stops(requests.meta["generation"] or {}, model, tokenizer)
     room = max_length(model, requests) - stops.room
@@ -75,24 +80,27 @@ def generate(model: Any, tokenizer: Any, requests: RequestSet, budget: int) -> T
         raise StageError(f"`{model.config.model_type}` keeps no keys and values between passes: it is scored by "
                          f"likelihoods only, not by what it generates")  # fmt: skip
     head, last_layer = Head(model), LastLayer(model)
-    texts = [""] * len(requests)
+    texts: dict[int, str] = {}
 
     def work(batch: Sequence[int]) -> None:
         prompts = [requests.ids(request)[-room:] for request in batch]
-        for request, ids in zip(batch, _continue(model, head, last_layer, tokenizer, prompts, stops), strict=True):
-            texts[request] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
+        for ended in _continue(model, head, last_layer, tokenizer, prompts, stops):
+            for row, ids in ended:
+                texts[batch[row]] = _cut(tokenizer.decode(ids, skip_special_tokens=True), stops.until)
+            progress(len(texts), len(requests))
 
     with torch.inference_mode():
         halved = sum(in_halves(batch, work) for batch in _batches(requests, room, stops.tokens, ROWS * budget))
-    return Texts(texts, int((np.diff(requests.offsets) > room).sum()), halved)
+    made = [texts[request] for request in range(len(requests))]
+    return Texts(made, int((np.diff(requests.offsets) > room).sum()), halved)
 
 
 def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.models.utils import handle_stop_sequences
 
-    kwargs = normalize_gen_kwargs(dict(arguments), _MAX_TOKENS)
-    if kwargs.get("do_sample") or kwargs.get("temperature") or set(kwargs) - _GREEDY:
+    if not_greedy(arguments):
         raise StageError(f"only greedy generation is supported; the task asks for {dict(arguments)}")
+    kwargs = generation(arguments)
     config = model.generation_config
     if odd := [name for name, plain in _PLAIN.items() if getattr(config, name, None) not in (None, plain)]:
         raise StageError(f"only greedy generation is supported; generation_config.json sets {', '.join(odd)}")
@@ -116,24 +124,29 @@ def _batches(requests: RequestSet, room: int, new: int, budget: int) -> Iterator
 
 def _continue(
     model: Any, head: Head, last_layer: LastLayer, tokenizer: Any, prompts: Sequence[np.ndarray], stops: Stops
-) -> list[list[int]]:
-    """New token ids of each prompt: every pass adds one token to all rows that still run, and those guessed right."""
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """(row, its new token ids) of the prompts whose texts have ended, pass by pass.
+
+    Every pass adds one token to all rows that still run, and those guessed right.
+    """
     cache, forgets = _new_cache(model)
-    drafts = running = [Draft(ids.tolist()) for ids in prompts]
-    guesses: list[list[int]] = [[] for _ in drafts]
+    running, rows = [Draft(ids.tolist()) for ids in prompts], list(range(len(prompts)))
+    guesses: list[list[int]] = [[] for _ in running]
     ids_BS, mask_BL = _masked(prompts, model.device, left=True)
     read = 1
     while True:
         chosen_BR = _choose(model, head, last_layer, ids_BS, mask_BL, cache, read)
         grown = [_grow(*row, tokenizer, stops) for row in zip(running, guesses, chosen_BR, strict=True)]
         keep = [b for b, (_, done) in enumerate(grown) if not done]
+        if len(keep) < len(running):
+            yield [(rows[b], running[b].text) for b, (_, done) in enumerate(grown) if done]
         if not keep:
-            return [draft.text for draft in drafts]
+            return
         if any(guesses):
             gained_B = torch.tensor([gained for gained, _ in grown], device=model.device)
             mask_BL[:, -read:] = torch.arange(read, device=model.device) < gained_B[:, None]
         mask_BL = _tidy(cache, mask_BL, keep, attention_window(model))
-        running = [running[b] for b in keep]
+        running, rows = [running[b] for b in keep], [rows[b] for b in keep]
         rooms = [stops.tokens - len(draft.text) - 1 for draft in running]
         count = length([draft.chance for draft in running], min(LONGEST, max(rooms)) if forgets else 0)
         guesses = [draft.guess(min(count, room)) for draft, room in zip(running, rooms, strict=True)]

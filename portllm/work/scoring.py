@@ -13,7 +13,7 @@ Shape suffixes: B rows of a batch, S its longest input, D hidden size, P read po
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
-from portllm.work.halving import in_halves
+from portllm.work.halving import fits, in_halves
 from portllm.work.head import POSITIONS, Head, body
 from portllm.work.kv_cache import attention_window, keeps_all
 from portllm.work.last_layer import LastLayer
@@ -50,7 +50,7 @@ class Scores:
     truncated: int
     """Requests whose context was cut from the left to fit the model's window."""
     halved: int = 0
-    """Batches that ran out of memory and were scored in halves."""
+    """What ran out of memory and was done in smaller parts: batches, the head's products, a header's pass."""
 
 
 @dataclass
@@ -70,20 +70,24 @@ class Family:
     """What each goes on with; positions of its reads count from there."""
 
 
-def loglikelihoods(model: Any, requests: RequestSet, budget: int) -> Scores:
+def loglikelihoods(
+    model: Any, requests: RequestSet, budget: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Scores:
     """Scores every request; a forward pass has at most `budget` tokens, padding included.
 
-    Raises StageError for an architecture whose logits are more than head(body(x)), and for scores that are not finite.
+    `progress` hears after each batch how many requests are done, of how many. Raises StageError for an architecture
+    whose logits are more than head(body(x)), and for scores that are not finite.
     """
     rows, truncated = plan_rows(requests, max_length(model, requests))
     shares = keeps_all(model)
     families = plan_families(rows, requests, shares)
     scorer = _Scorer(model, len(requests))
     with torch.inference_mode():
-        header = shared_header(families if shares else [], attention_window(model))
-        scorer.forward_header(header)
-        for batch in batches([len(family.stem.ids) - len(header) for family in families], budget):
+        header = scorer.forward_header(shared_header(families if shares else [], attention_window(model)))
+        done = np.cumsum(ended(families))
+        for batch in batches([len(family.stem.ids) - header for family in families], budget):
             scorer.score(families[batch], budget)
+            progress(int(done[batch.stop - 1]), len(requests))
         scorer.finish()
     if not np.isfinite(scorer.scores).all():
         worst = int(np.argmin(np.isfinite(scorer.scores)))
@@ -210,6 +214,17 @@ def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
     return families[0].stem.ids[:length] if length >= HEADER else nothing
 
 
+def ended(families: Sequence[Family]) -> np.ndarray:
+    """int64 [families]: requests of which nothing is left to read after each; a long text lies in several."""
+    last = {
+        request: number
+        for number, family in enumerate(families)
+        for row in (family.stem, *family.branches)
+        for request, *_ in row.reads
+    }
+    return np.bincount(list(last.values()), minlength=len(families))
+
+
 def batches(lengths: Sequence[int], budget: int, passes: int = 1) -> Iterator[slice]:
     """Rows, longest first, in batches of at most `budget` tokens with their padding, and at least one row.
 
@@ -246,13 +261,16 @@ class _Scorer:
         self._read: list[tuple[torch.Tensor, Sequence[Read], np.ndarray]] = []
         """Per pass (hidden states at the positions read [P, D], what is read, position of each target [T])."""
 
-    def forward_header(self, ids: np.ndarray) -> None:
-        """Keeps the header's keys and values for all that follows."""
-        self._header = len(ids)
-        if len(ids):
-            self._cache = self._new_cache()
-            ids_BS = torch.from_numpy(ids.astype(np.int64))[None]
-            self._forward(ids_BS, [], past_key_values=self._cache, use_cache=True)
+    def forward_header(self, ids: np.ndarray) -> int:
+        """Keeps the header's keys and values for all that follows: its length; 0 where memory does not hold them."""
+        if not len(ids):
+            return 0
+        cache, ids_BS = self._new_cache(), torch.from_numpy(ids.astype(np.int64))[None]
+        if fits(lambda: self._forward(ids_BS, [], past_key_values=cache, use_cache=True)):
+            self._cache, self._header = cache, len(ids)
+        else:
+            self.halved += 1
+        return self._header
 
     def score(self, batch: Sequence[Family], budget: int) -> None:
         """Forwards a batch; where it does not fit into memory, its halves."""
@@ -273,18 +291,34 @@ class _Scorer:
         """Scores what was read of the passes so far; the head takes its time for a few positions, too."""
         if not self._read:
             return
-        hidden_PD = torch.cat([hidden_PD for hidden_PD, _, _ in self._read])
-        begins = np.cumsum([0, *(len(hidden) for hidden, _, _ in self._read)])
+        begins = np.cumsum([0, *(len(hidden_PD) for hidden_PD, _, _ in self._read)])
         reads = [read for _, reads, _ in self._read for read in reads]
         at_T = _joined([begin + at_T for begin, (_, _, at_T) in zip(begins, self._read, strict=False)])
         targets_T = _joined([targets for *_, targets in reads])
-        logs_T, best_T = self.head.score(
-            hidden_PD, *(torch.from_numpy(a).to(hidden_PD.device) for a in (targets_T, at_T))
-        )
+        logs_T, best_T = np.empty(len(at_T)), np.empty(len(at_T), dtype=bool)
+
+        def work(positions: Sequence[int]) -> None:
+            here = (at_T >= positions[0]) & (at_T <= positions[-1])
+            hidden_PD = self._hidden(begins, positions)
+            targets, places = (
+                torch.from_numpy(array[here]).to(hidden_PD.device) for array in (targets_T, at_T - positions[0])
+            )
+            logs, best = self.head.score(hidden_PD, targets, places)
+            logs_T[here], best_T[here] = logs.cpu().numpy(), best.cpu().numpy()
+
+        self.halved += in_halves(range(begins[-1]), work)
         owner_T = np.repeat([request for request, *_ in reads], [len(targets) for *_, targets in reads])
-        np.add.at(self.scores, owner_T, logs_T.double().cpu().numpy())
-        np.logical_and.at(self.greedy, owner_T, best_T.cpu().numpy())
+        np.add.at(self.scores, owner_T, logs_T)
+        np.logical_and.at(self.greedy, owner_T, best_T)
         self._read = []
+
+    def _hidden(self, begins: np.ndarray, positions: Sequence[int]) -> torch.Tensor:
+        """Hidden states at consecutive positions, counted through the passes so far: [P, D]."""
+        first, end = positions[0], positions[-1] + 1
+        return torch.cat([
+            hidden_PD[max(first - begin, 0) : max(end - begin, 0)]
+            for begin, (hidden_PD, _, _) in zip(begins, self._read, strict=False)
+        ])  # fmt: skip
 
     def _score(self, batch: Sequence[Family], budget: int) -> None:
         stems = [family.stem for family in batch]

@@ -178,6 +178,76 @@ def test_malformed_data_name_task_file_and_column(tmp_path, validation, message)
         lmeval.check(TaskSource("sst2", data=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("null", "texts", "column"),
+    [
+        ({"hint": None}, {"doc_to_text": "{{word}}{% if hint %} ({{hint}}){% endif %}"}, None),
+        ({"hint": None}, {"doc_to_text": "{{word}} None"}, None),
+        ({"hint": None}, {"doc_to_text": "{{word}} ({{hint or 'none'}})"}, None),
+        ({"hint": None}, {"doc_to_text": "{{word}} ({{hint}})"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint.strip()}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "hint"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}}", "gen_prefix": "{{hint}}"}, "hint"),
+        ({"other": None}, {"doc_to_text": "word", "doc_to_choice": "{{[right, other]}}"}, "other"),
+        ({"right": None}, {"doc_to_text": "word", "doc_to_target": "right"}, "right"),
+        ({"many": ["a", None]}, {"doc_to_text": "{{word}} {{many[1]}}"}, "many"),
+        ({"many": ["a", None]}, {"doc_to_text": "{{word}} {{many[0]}}"}, None),
+    ],
+)
+def test_a_null_is_refused_where_a_prompt_target_or_choice_would_show_it(tmp_path, null, texts, column):
+    row = {"word": "w", "hint": "h", "right": "yes", "other": "no", "many": ["a", "b"]}
+    kind = "multiple_choice" if "doc_to_choice" in texts else "generate_until"
+    settings = {"doc_to_target": "{{right}}"} | texts
+    lines = [f"task: mine\ndataset_path: parquet\nvalidation_split: validation\noutput_type: {kind}"]
+    (tmp_path / "mine.yaml").write_text("\n".join([*lines, *(f"{k}: {json.dumps(v)}" for k, v in settings.items())]))
+    source = TaskSource("mine", tmp_path, data(tmp_path / "data", None, [row, row, row | null]))
+    if column is None:
+        assert lmeval.check(source).documents == 3
+        return
+    with pytest.raises(ResolveError, match=rf"`mine`: .*validation\.parquet, document 2: column `{column}` is null"):
+        lmeval.check(source)
+
+
+def test_a_null_in_training_rows_and_before_a_function_is_refused(tmp_path, sst2):
+    data(sst2, [*SENTENCES, {"sentence": None, "label": 1}], SENTENCES)
+    with pytest.raises(ResolveError, match=r"`sst2`: .*train\.parquet, document 2: column `sentence` is null"):
+        lmeval.check(TaskSource("sst2", data=sst2), training=True)
+    row = {"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+    source = TaskSource("winogrande", data=data(tmp_path / "w", None, [row, row | {"sentence": None}]))
+    with pytest.raises(ResolveError, match=r"document 1: column `sentence` is null"):
+        lmeval.check(source)
+    data(tmp_path / "w", None, [row, row | {"option2": None}])
+    with pytest.raises(ResolveError, match=r"document 1: column `option2` is null"):
+        lmeval.check(source)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "generation_kwargs ask for do_sample: True, temperature: 0.7, and"),
+        ({"temperature": 0.7}, "generation_kwargs ask for temperature: 0.7, and only greedy"),
+        ({"num_beams": 4}, "ask for num_beams: 4, and only greedy"),
+        ({"max_gen_toks": 0}, "max_gen_toks is 0: give 1 or more"),
+        ({"max_gen_toks": "many"}, "cannot be read"),
+        ({}, 256),
+        ({"max_new_tokens": 9}, 9),
+        ({"do_sample": False, "temperature": 1.0, "max_gen_toks": 7}, 7),
+    ],
+)
+def test_only_greedy_generation_passes(tmp_path, asked, found):
+    settings = json.dumps({"until": ["x"]} | asked)
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: parquet\nvalidation_split: validation\noutput_type: generate_until\n"
+        f"doc_to_text: sentence\ndoc_to_target: label\ngeneration_kwargs: {settings}\n"
+    )
+    source = TaskSource("mine", tmp_path, data(tmp_path / "data", None, SENTENCES))
+    if isinstance(found, int):
+        assert lmeval.check(source).new_tokens == found
+        return
+    with pytest.raises(ResolveError, match=f"task `mine`: .*{found}"):
+        lmeval.check(source)
+
+
 def test_training_rows_are_looked_at_too(tmp_path):
     source = TaskSource("sst2", data=data(tmp_path, [*SENTENCES, {"sentence": "c", "label": 7}], SENTENCES))
     lmeval.check(source)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from portllm.errors import ResolveError, SpecError
@@ -71,8 +72,6 @@ def test_what_does_not_exist_is_named_with_file_and_line(world, override, place)
 
 
 def test_a_label_outside_the_choices_is_told_in_either_file(copy):
-    import pyarrow.parquet as pq
-
     for split in ("validation", "train"):
         file = copy.parent / "data" / "mood" / f"{split}.parquet"
         kept = file.read_bytes()
@@ -146,6 +145,27 @@ def test_dropout_of_a_patch_is_found_in_its_configuration(copy):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": "much"}))
     with pytest.raises(ResolveError, match="`lora_dropout` is 'much', no number"):
         keys(copy, "patches={mood: patch}")
+
+
+@pytest.mark.parametrize("data", ["data_root: data\n", ""])
+def test_generation_that_samples_or_leaves_no_room_is_refused_with_data_or_without(copy, data):
+    copy.write_text(STUDY.replace("data_root: data\n", data))
+    file = copy.parent / "tasks" / "mood.yaml"
+    text = file.read_text().replace("multiple_choice", "generate_until").replace("parquet", "owner/" * (not data) + "x")
+    file.write_text(text + "generation_kwargs: {until: ['.'], do_sample: true, temperature: 0.2}\n")
+    with pytest.raises(ResolveError, match="task `mood`: generation_kwargs ask for do_sample: True, temperature: 0.2"):
+        open_study(copy)
+    file.write_text(text + "generation_kwargs: {until: ['.'], max_gen_toks: 64}\n")
+    with pytest.raises(SpecError, match=r"task `mood`: .*64 new tokens \(max_gen_toks\), .* reads 64 in all"):
+        make_plan(*open_study(copy))
+
+
+def test_a_null_that_a_prompt_would_show_names_task_file_row_and_column(copy):
+    file = copy.parent / "data" / "mood" / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    write_parquet(file, [*rows, rows[0] | {"sentence": None}])
+    with pytest.raises(ResolveError, match=rf"task `mood`: .*train\.parquet, document {len(rows)}: column `sentence`"):
+        open_study(copy)
 
 
 def test_a_patch_of_another_architecture_is_refused(copy):

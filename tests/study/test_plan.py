@@ -26,6 +26,15 @@ def test_every_input_is_given_or_an_earlier_step():
         seen.add(step.key)
 
 
+def test_generated_text_must_leave_room_for_a_prompt():
+    found = facts()
+    tasks = {name: replace(task, new_tokens=511) for name, task in found.tasks.items()}
+    make_plan(study(), replace(found, tasks=tasks))
+    tasks["hard"] = replace(tasks["hard"], new_tokens=512)
+    with pytest.raises(SpecError, match=r"task `hard`: .*up to 512 new tokens \(max_gen_toks\), .*reads 512 in all"):
+        make_plan(study(), replace(found, tasks=tasks))
+
+
 def test_port_at_zero_is_refit_at_zero():
     found = plan()
     port = {c.key for c in cells(found, arm="port", t=0)}

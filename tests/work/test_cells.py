@@ -1,7 +1,9 @@
 """`portllm evaluate`: several patches in one load of the model, lm-eval's numbers, no study and no store."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ import torch
 
 from portllm.cli import main
 from portllm.store.results import COLUMNS
-from portllm.work.cells import Asked, score
+from portllm.work.cells import Asked, At, score
 from tests.toys import write_model, write_patch, write_tasks
 
 
@@ -66,6 +68,39 @@ def test_the_model_is_loaded_once_and_scored_alone_without_a_patch(
         assert apart == pytest.approx(merged, abs=1e-4)
 
 
+def test_how_far_each_cell_is_can_be_told(world: Path) -> None:
+    told: list[At] = []
+    patches = [world / "patch0", world / "patch1"]
+    list(score(world / "model", patches, Asked(["mood", "tone"], world / "data", world / "tasks"), told.append))
+    begun = [(at.cell, at.cells, at.task, at.patch) for at in told if at.total is None]
+    assert begun == [(1, 4, "mood", patches[0]), (2, 4, "tone", patches[0]), (3, 4, "mood", patches[1]),
+                     (4, 4, "tone", patches[1])]  # fmt: skip
+    ends = {at.cell: (at.done, at.total) for at in told}
+    assert ends == dict.fromkeys(range(1, 5), (40, 40))
+
+
+class Terminal(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_terminal_shows_the_cell_and_its_requests_and_a_pipe_nothing(
+    world: Path, monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", shown := stream())
+    places = ["--model", str(world / "model"), "--data-root", str(world / "data")]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *places, "--include-path", str(world / "tasks"), "--tasks", "mood,tone", "--json"])
+    assert ended.value.code == 0
+    words = ["[1/2] mood", "[2/2] tone", "40/40"] if stream is Terminal else []
+    assert all(word in shown.getvalue() for word in words) and bool(shown.getvalue()) == bool(words)
+
+
 def test_words_for_a_reader(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = evaluate(capsys, world, "--tasks", "mood", "--limit", 5, "--num-fewshot", 2)
     assert "mood" in shown and "acc" in shown and len(shown.splitlines()) == 2
@@ -102,6 +137,15 @@ def test_few_shot_examples_are_looked_at_first(
     asked = ("--tasks", "mood", "--num-fewshot", 2, "--data-root", data)
     error = evaluate(capsys, world, *asked, code=2)
     assert "mood" in error and "train.parquet" in error and "Traceback" not in error
+
+
+def test_a_window_that_leaves_no_room_for_a_prompt_is_refused_before_anything_is_loaded(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (world / "tasks" / "mood.yaml").read_text().replace("multiple_choice", "generate_until")
+    (tmp_path / "mood.yaml").write_text(text + "generation_kwargs: {until: ['x'], max_gen_toks: 64}\n")
+    error = evaluate(capsys, world, "--tasks", "mood", "--include-path", tmp_path, code=2)
+    assert "task `mood`: generation_kwargs ask for up to 64 new tokens (max_gen_toks)" in error and "64 in all" in error
 
 
 def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

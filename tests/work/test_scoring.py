@@ -232,6 +232,62 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_counted(monkeypatch
     np.testing.assert_allclose(halves.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
 
 
+def test_a_head_that_runs_out_of_memory_takes_its_positions_in_halves(monkeypatch):
+    model, (found, _) = tiny("llama"), choices()
+    whole, score, refused = loglikelihoods(model, found, 10_000), Head.score, []
+
+    def small(self, hidden_PD, targets_T, at_T):
+        if len(hidden_PD) > 10:
+            refused.append(len(hidden_PD))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 byte")
+        return score(self, hidden_PD, targets_T, at_T)
+
+    monkeypatch.setattr(Head, "score", small)
+    halves = loglikelihoods(model, found, 10_000)
+    assert halves.halved == len(refused) > 1
+    np.testing.assert_allclose(halves.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
+    assert halves.greedy.tolist() == whole.greedy.tolist()
+
+
+def test_a_header_that_memory_does_not_hold_is_given_up(monkeypatch):
+    model, (found, _) = tiny("llama"), choices(header=40)
+    whole, forward, refused = loglikelihoods(model, found, 200), body(model).forward, []
+
+    def small(*arguments, **named):
+        if named["use_cache"] and "attention_mask" not in named:  # the header's pass alone needs no mask
+            refused.append(named["input_ids"].shape)
+            raise MemoryError
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(body(model), "forward", small)
+    apart = loglikelihoods(model, found, 200)
+    assert refused == [(1, 40)] and (whole.halved, apart.halved) == (0, 1)
+    np.testing.assert_allclose(apart.loglikelihoods, whole.loglikelihoods, atol=1e-4, rtol=0)
+
+
+def test_what_is_done_is_told_batch_by_batch():
+    model, (found, pairs), told = tiny("llama"), choices(), []
+    loglikelihoods(model, found, 100, lambda *at: told.append(at))
+    assert told == sorted(told) and told[-1] == (len(pairs), len(pairs)) and len(told) > 2
+
+
+def test_a_text_is_done_with_its_last_window():
+    texts = [([1], np.random.default_rng(seed).integers(3, VOCABULARY, 100 * seed).tolist()) for seed in (1, 2, 3)]
+    told = []
+    found = request_set(texts, output_type="loglikelihood_rolling")
+    loglikelihoods(tiny("llama"), found, 64, lambda *at: told.append(at))
+    assert told == sorted(told) and told[0] == (0, 3) and told[-1] == (3, 3)
+
+
+@pytest.mark.parametrize("rows", [9, 2])
+def test_texts_that_have_ended_are_told_also_where_batches_are_halved(rows, monkeypatch):
+    model, told = tiny("llama"), []
+    monkeypatch.setattr(body(model), "forward", at_most(rows, body(model).forward))
+    texts = generate(model, Words(), request_set(prompts(), **generation()), 10_000, lambda *at: told.append(at)).texts
+    ends = len({len(text) for text in texts})
+    assert told == sorted(told) and told[-1] == (9, 9) and len(told) >= min(ends, 2)
+
+
 def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):
     model, pairs = tiny("gemma2"), drawn(10)
     whole = loglikelihoods(model, request_set(pairs), 256)

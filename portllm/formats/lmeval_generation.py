@@ -1,0 +1,46 @@
+"""What a task's `generation_kwargs` ask for, as lm-eval's HFLM reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from portllm.errors import ResolveError
+from portllm.formats.lmeval_build import quiet
+
+_MAX_TOKENS = 256
+"""HFLM's default for max_gen_toks."""
+_GREEDY = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
+
+
+def generation(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with `until` as a list, `max_gen_toks` whatever its alias, and whether they sample."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    with quiet():
+        return dict(normalize_gen_kwargs(dict(arguments), _MAX_TOKENS))
+
+
+def not_greedy(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that choose other tokens than the most likely ones, or end elsewhere."""
+    read = generation(arguments)
+    return {
+        name: value
+        for name, value in read.items()
+        if name in arguments and (name not in _GREEDY or (name in ("do_sample", "temperature") and value))
+    }
+
+
+def new_tokens(task: str, arguments: Mapping[str, Any]) -> int:
+    """Tokens that a text may have. Raises ResolveError, naming the field, for texts this tool does not generate."""
+    try:
+        odd, count = not_greedy(arguments), generation(arguments)["max_gen_toks"]
+    except (TypeError, ValueError) as error:
+        raise ResolveError(f"task `{task}`: generation_kwargs {arguments} cannot be read: {error}") from error
+    if odd:
+        asked = ", ".join(f"{name}: {value!r}" for name, value in odd.items())
+        raise ResolveError(f"task `{task}`: generation_kwargs ask for {asked}, and only greedy generation is supported:"
+                           f" give a definition of your own without that (include_path)")  # fmt: skip
+    if count < 1:
+        raise ResolveError(f"task `{task}`: generation_kwargs.max_gen_toks is {count}: give 1 or more")
+    return int(count)
