@@ -99,7 +99,7 @@ def score(
 
 
 def _telling(run: RunContext, at: At, told: Callable[[At], None]) -> RunContext:
-    return replace(run, progress=lambda done, total: told(replace(at, done=done, total=total)))
+    return replace(run, progress=lambda done, total, **_: told(replace(at, done=done, total=total)))
 
 
 def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, dict[str, Path]]:
