@@ -50,6 +50,8 @@ def _filled(value: Any) -> Any:
 
 def _entering(task: Task, doc: dict[str, Any], empty: list[str]) -> str | None:
     said = _said(task, doc)
+    if not said:
+        return None
     found = next((c for c in empty if said > _said(task, doc | {c: _filled(doc[c])})), None)
     return empty[0] if found is None and said == math.inf else found
 
@@ -58,7 +60,7 @@ def _said(task: Task, doc: dict[str, Any]) -> float:
     """How often a document's texts say "None"; without end where they cannot be made."""
     try:
         choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
-        texts = [task.doc_to_text(doc), task.doc_to_target(doc), task.doc_to_prefix(doc), *choices]
+        texts = [task.doc_to_text(doc), task.doc_to_target(doc), task.doc_to_prefix(doc) or "", *choices]
     except Exception:
         return math.inf
     return sum(str(text).count("None") for text in texts)
