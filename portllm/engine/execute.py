@@ -124,7 +124,7 @@ def make_record(step: Step, summary: Summary, wall: float, started: float) -> di
         "payload": step.payload(),
         "summary": summary,
         "wall_s": wall,
-        "devices": max(1, step.layout.gpus) * step.layout.workers,
+        "devices": step.layout.devices,
         "started": started,
         "host": socket.gethostname(),
         "pid": os.getpid(),
