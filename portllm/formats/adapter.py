@@ -8,7 +8,7 @@ R rank, I in, O out.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,9 +345,9 @@ def _times(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def ties_embeddings(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> bool:
+def ties_embeddings(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether the head is the embedding: the config says so, or the files hold no head."""
-    return config.get("tie_word_embeddings") is True or not any(last_part(name) in HEADS for name in tensors)
+    return config.get("tie_word_embeddings") is True or not any(last_part(name) in HEADS for name in names)
 
 
 def last_part(name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import ResolveError
+from portllm.formats.adapter import HEADS, last_part, ties_embeddings
 from portllm.study.facts import Shape
 from portllm.study.recipes import Dtype
 
@@ -25,8 +26,10 @@ def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
         for name, s in shapes.items()
         if len(s) == 2 and name.endswith(".weight") and not any(word in name.lower() for word in outside)
     ]
-    count = sum(_product(s) for s in shapes.values())
-    return _shape(count, tuple(linear), _modules(shapes), config, storage)
+    tied = ties_embeddings(config, shapes)
+    count = sum(_product(s) for name, s in shapes.items() if not (tied and last_part(name) in HEADS))
+    norms = sum(s[0] for name, s in shapes.items() if len(s) == 1 and name.endswith(".weight"))
+    return _shape(count, tuple(linear), _modules(shapes), config, storage, tied, norms)
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
@@ -67,7 +70,8 @@ def _from_config(config: Mapping[str, Any], storage: Dtype) -> Shape | None:
     norms += 2 * size * layers if config["model_type"] in ("gemma3_text", "qwen3") else 0  # of queries and keys
     biases = (query + 2 * value) * layers if config["model_type"] == "qwen2" else 0
     count = sum(a * b for a, b in linear) + embeddings + norms + biases
-    return _shape(count, linear, tuple(sorted({"embed_tokens", "lm_head", *_BLOCK})), config, storage)
+    modules = tuple(sorted({"embed_tokens", "lm_head", *_BLOCK}))
+    return _shape(count, linear, modules, config, storage, _tied(config), norms)
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -100,6 +104,8 @@ def _shape(
     modules: tuple[str, ...],
     config: Mapping[str, Any],
     storage: Dtype,
+    tied: bool,
+    norms: int,
 ) -> Shape:
     text = config.get("text_config") or config
     return Shape(
@@ -109,6 +115,8 @@ def _shape(
         layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
         hidden=int(text.get("hidden_size") or text.get("n_embd") or 0),
         vocabulary=int(text.get("vocab_size") or 0),
+        tied=tied,
+        norms=norms,
         max_positions=int(text.get("max_position_embeddings") or text.get("n_positions") or 0),
         storage=storage,
     )

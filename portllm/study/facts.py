@@ -23,6 +23,7 @@ class Shape:
     """A model's sizes, from its safetensors headers or its configuration."""
 
     parameters: int
+    """A tied head counts once, as the embedding."""
     linear: tuple[tuple[int, int], ...] = ()
     """(out, in) of every linear module that `all-linear` targets."""
     modules: tuple[str, ...] = ()
@@ -30,9 +31,23 @@ class Shape:
     layers: int = 0
     hidden: int = 0
     vocabulary: int = 0
+    tied: bool = False
+    """Whether the head is the embedding."""
+    norms: int = 0
+    """Widths of all norms, added up."""
     max_positions: int = 0
     """Longest sequence; 0 where unknown."""
     storage: Dtype = "float32"
+
+    @property
+    def head(self) -> int:
+        """Weights of the head, and as many of the embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def body(self) -> int:
+        """Weights that every token passes: neither the embedding, where it is looked up, nor the head."""
+        return self.parameters - self.head * (1 if self.tied else 2)
 
     def lora_parameters(self, rank: int) -> int:
         """Trainable parameters of a rank-r LoRA over all linear modules: Σ r·(in + out)."""

@@ -34,6 +34,11 @@ class Layout:
     """FLOP/s of one worker's device, for its utilisation. None: its matrix products are measured."""
 
     @property
+    def devices(self) -> int:
+        """What a step is charged for: GPUs, or workers without one."""
+        return self.workers * max(1, self.gpus)
+
+    @property
     def budget(self) -> int:
         """Tokens of a forward pass: what is set, or a default that keeps Gemma 3 270M in 4 GB on a CPU."""
         return self.micro_tokens or (GPU_TOKENS if self.gpus else CPU_TOKENS)
