@@ -126,6 +126,7 @@ def make_record(step: Step, summary: Summary, wall: float, started: float) -> di
         "summary": summary,
         "wall_s": wall + earlier,
         "devices": step.layout.devices,
+        "started": started - earlier,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "portllm": __version__,

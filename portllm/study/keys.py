@@ -15,10 +15,10 @@ from typing import Any
 from portllm.errors import SpecError
 
 STAGE_VERSIONS = {
-    "base": 2,
-    "corpus": 1,
+    "base": 3,
+    "corpus": 2,
     "requests": 1,
-    "update": 2,
+    "update": 3,
     "finetune": 3,
     "evaluate": 4,
     "export": 1,

@@ -16,6 +16,7 @@ from portllm.errors import StageError
 from portllm.formats.dropout import dropouts, is_dropout
 from portllm.work.head import Head, body
 from portllm.work.last_layer import LastLayer
+from portllm.work.packing import keeps_apart
 
 BLOCK_LOGITS = 2**25
 """Logits alive at once where the head must be called as a module: 128 MB in fp32."""
@@ -33,14 +34,20 @@ class SummedLoss(nn.Module):
         self.model = model
         self.head = Head(model)
         self.last_layer = LastLayer(model)
+        self.apart = keeps_apart(model)
+        """Whether `positions_BT` are heeded."""
 
-    def forward(self, ids_BT: Tensor, rows_N: Tensor, targets_N: Tensor, blocks: int) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, positions_BT: Tensor | None, rows_N: Tensor, targets_N: Tensor, blocks: int
+    ) -> Tensor:
         """Σ −log p(target), an fp32 scalar; 0 without targets, with a graph that still reaches the weights.
 
+        `positions_BT` are given where a row holds several documents, which are kept apart if the model can.
         `blocks` is the same on every rank, whatever its number of rows: ZeRO-3 gathers the head once per block.
         """
+        documents = {"position_ids": positions_BT} if self.apart and positions_BT is not None else {}
         with self.last_layer.reading(rows_N, ids_BT.numel()):
-            hidden_BTH = body(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+            hidden_BTH = body(self.model)(input_ids=ids_BT, use_cache=False, **documents).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[rows_N]
         if (parameters := self.head.parameters) is not None:
             return LinearLoss.apply(hidden_NH, *parameters, targets_N, self.head)
@@ -57,7 +64,8 @@ class LinearLoss(torch.autograd.Function):
     """The loss through a linear head whose weights are at hand.
 
     The gradients are made in the forward pass, from logits that are made once and never kept: two products with a head
-    that is frozen, three with one that trains (through autograd and checkpoints three and four).
+    that is frozen, three with one that trains (through autograd and checkpoints three and four). They are scaled in
+    place and given away, as large as the head, so a second backward pass through one loss is an error.
     """
 
     @staticmethod
@@ -87,7 +95,10 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(g if g is None else g.mul_(scale) for g in ctx.gradients), None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss are given away: make it again for another backward pass")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(g if g is None else g.mul_(scale) for g in gradients), None, None)
 
 
 def vocabulary(model: Any) -> int:

@@ -60,7 +60,10 @@ def train(
     require_no_dropout(model)
     if run.layout.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = start(SummedLoss(model), config, optimization, run)
+    loss = SummedLoss(model)
+    if data.joins and not loss.apart:
+        run.log(f"{type(model).__name__} does not keep the documents of a sequence apart: it reads them as one text")
+    engine = start(loss, config, optimization, run)
     loop = Loop(engine, data, len(batches), optimization, run, meter)
     try:
         loop.resume()
@@ -218,7 +221,7 @@ class Loop:
 
     def about(self) -> Summary:
         """What the ledger says of the data and of interruptions."""
-        return {"examples": len(self.data), "resumed": self.resumed}
+        return {"examples": len(self.data), "left_out": self.data.left_out, "resumed": self.resumed}
 
     def step(self, batch: Batch) -> None:
         """The next optimizer step, over a global batch. Raises StageError for a bad loss, or bad gradients."""
@@ -286,8 +289,9 @@ class Loop:
         """Documents of a global batch that this rank reads."""
         return self.data.documents_of(batch[self.run.rank :: self.run.world])
 
-    def tensors(self, arrays: Arrays) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(a).to(self.run.device) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N))
+    def tensors(self, arrays: Arrays) -> tuple[Tensor | None, ...]:
+        given = arrays.ids_BT, arrays.positions_BT, arrays.rows_N, arrays.targets_N
+        return tuple(None if array is None else torch.from_numpy(array).to(self.run.device) for array in given)
 
 
 def learning_rate(step: int, steps: int, optimization: Optimization) -> float:

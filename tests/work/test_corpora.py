@@ -58,6 +58,24 @@ def test_every_document_is_there_once_with_eos_after_it(tokenizer: Path, source:
     assert meta == {"documents": 4, "tokens": sum(map(len, found.values())), "eos": encode.eos_token_id, "dropped": 0}
 
 
+def test_a_document_begins_as_its_tokenizer_has_a_text_begin(tokenizer: Path, source: Path, tmp_path: Path) -> None:
+    """BOS where the tokenizer puts it, and not twice where a document brings its own."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    bos = words.bos_token_id
+    words._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", words.eos_token_id)]
+    )
+    words.save_pretrained(tmp_path / "words")
+    (tmp_path / "a.txt").write_text("the soup\n<s> a bed\n")
+    plain = make(tmp_path / "plain", Corpus(Text("text")), tokenizer=tokenizer, source=tmp_path / "a.txt")
+    found = make(tmp_path / "out", Corpus(Text("text")), tokenizer=tmp_path / "words", source=tmp_path / "a.txt")
+    assert plain[1][0] == bos != plain[0][0]
+    assert found == {0: [bos, *plain[0]], 1: plain[1]}
+
+
 def test_the_order_is_the_seed_s(
     tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

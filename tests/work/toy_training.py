@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from portllm.errors import Preempted
 from portllm.study.recipes import Lora, Optimization
 from portllm.study.resources import Layout
-from portllm.work.batches import Batch, Sequences, examples, finetune_batches, update_batches
+from portllm.work.batches import Batch, Sequences, examples, finetune_batches, update_batches, with_targets
 from portllm.work.context import RunContext, Summary
 from portllm.work.lora import attach
 from portllm.work.training import train
@@ -27,8 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1": {"layout": Layout(micro_tokens=64)},
     "zero2_lora": {"layout": Layout(), "trains": "lora"},
     "ragged": {"layout": Layout(zero=3, micro_tokens=1), "batch": 3},
+    "packed": {"layout": Layout(zero=3, micro_tokens=64), "batch": 3, "packed": True},
 }
-"""What two ranks do. In `ragged` they have 2 sequences and 1, in the last batch 1 and none, under ZeRO-3."""
+"""What two ranks do. In the last two they have 2 sequences and 1, in the last batch 1 and none, under ZeRO-3."""
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -49,8 +50,19 @@ def data(count: int = 40) -> Sequences:
     return examples(tokens, offsets, lengths - random.integers(1, 4, count), 100 + np.arange(count), 64)
 
 
-def batches(batch: int = 8) -> list[Batch]:
+def rows(length: int = 24) -> Sequences:
+    """The same documents packed into sequences, two or so in each."""
+    of = data()
+    starts = length * np.arange(len(of.tokens) // length, dtype=np.int64)
+    return with_targets(
+        Sequences(of.tokens, starts, starts + length, np.ones_like(starts), of.offsets, of.documents, 64)
+    )
+
+
+def batches(batch: int = 8, packed: bool = False) -> list[Batch]:
     """20 global batches; of 3 sequences, 14 with a last one that is smaller."""
+    if packed:
+        return update_batches(len(rows()), batch, 1)
     return finetune_batches(data().lengths, batch, STEPS, 1) if batch == 8 else update_batches(40, batch, 1)
 
 
@@ -65,7 +77,7 @@ def context(out: Path, layout: Layout, rank: int = 0, world: int = 1, stop: int 
 
 def fit(
     out: Path, layout: Layout | None = None, trains: Any = "full", batch: int = 8, rank: int = 0, world: int = 1,
-    optimization: Optimization = OPTIMIZATION, stop: int | None = None,
+    optimization: Optimization = OPTIMIZATION, stop: int | None = None, packed: bool = False,
 ) -> tuple[Any, Summary]:  # fmt: skip
     """Trains a fresh toy model, or goes on from what is kept in `out`; returns it with its ledger.
 
@@ -76,7 +88,7 @@ def fit(
     if trains == "lora":
         attach(toy, Lora(4, 8), seed=1)
     run = context(out, layout or Layout(), rank, world, stop)
-    return toy, train(toy, data(), batches(batch), moving, trains, run, out)
+    return toy, train(toy, rows() if packed else data(), batches(batch, packed), moving, trains, run, out)
 
 
 def losses(out: Path) -> np.ndarray:
