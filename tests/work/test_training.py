@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_names_step_and_documents(tmp_path: Path) -> N
 def test_a_loss_that_has_left_for_good_stops_before_it_is_stepped(tmp_path: Path) -> None:
     taken: list[int] = []
     run = toy.context(tmp_path, Layout())
-    run.point = lambda number, values: taken.append(number)
+    run.progress = lambda number, steps, **values: taken.append(number)
     run.stop = lambda: False
     wild = replace(toy.OPTIMIZATION, learning_rate=30.0, clip=0.0)
     with pytest.raises(StageError) as stopped:
