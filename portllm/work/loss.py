@@ -65,7 +65,7 @@ class LinearLoss(torch.autograd.Function):
 
     The gradients are made in the forward pass, from logits that are made once and never kept: two products with a head
     that is frozen, three with one that trains (through autograd and checkpoints three and four). They are scaled in
-    place and given away, as large as the head, so a second backward pass through one loss is an error.
+    place and given away (a copy is as large as the head), so a second backward pass through one loss is an error.
     """
 
     @staticmethod
