@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T tokens, N positions with a target, H hidden, V vocabulary.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,8 +35,11 @@ class SummedLoss(nn.Module):
         self.model = model
         self.head = Head(model)
         self.last_layer = LastLayer(model)
-        self.apart = keeps_apart(model)
-        """Whether `positions_BT` are heeded."""
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether `positions_BT` are heeded; two short passes find out, where documents are packed at all."""
+        return keeps_apart(self.model)
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor | None, rows_N: Tensor, targets_N: Tensor, blocks: int
@@ -45,7 +49,7 @@ class SummedLoss(nn.Module):
         `positions_BT` are given where a row holds several documents, which are kept apart if the model can.
         `blocks` is the same on every rank, whatever its number of rows: ZeRO-3 gathers the head once per block.
         """
-        documents = {"position_ids": positions_BT} if self.apart and positions_BT is not None else {}
+        documents = {"position_ids": positions_BT} if positions_BT is not None and self.apart else {}
         with self.last_layer.reading(rows_N, ids_BT.numel()):
             hidden_BTH = body(self.model)(input_ids=ids_BT, use_cache=False, **documents).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[rows_N]
