@@ -49,7 +49,7 @@ class Watch:
         self.path.unlink(missing_ok=True)
 
     def news(self) -> list[Line]:
-        """New lines, oldest first."""
+        """New lines, oldest first. Where another driver began the file anew, some are missed, and half a one is."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.read)
@@ -57,6 +57,9 @@ class Watch:
         except OSError:  # nothing yet, or published in this moment
             return []
         self.read += len(whole + newline)
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
         self.last = lines[-1] if lines else self.last
         return lines

@@ -55,6 +55,15 @@ def test_half_a_line_waits_for_its_other_half(path):
     assert [line["done"] for line in seen.news()] == [2] and seen.news() == []
 
 
+def test_a_file_that_another_driver_began_anew_is_no_error(path):
+    path.parent.mkdir(parents=True)
+    seen = Watch(path)
+    path.write_text('{"done": 1, "total": 9}\n')
+    seen.news()
+    path.write_text('{"done": 1000, "total": 9999, "loss": 1.0}\n{"done": 1001, "total": 9999, "loss": 1.0}\n')
+    assert [line["done"] for line in seen.news()] == [1001]
+
+
 def test_what_an_earlier_attempt_wrote_is_forgotten(path):
     path.parent.mkdir(parents=True)
     path.write_text('{"done": 7, "total": 9}\n')
