@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _end(error.format_message(), 2)
         raise
     if code == 130:
-        print("stopped; what was published is kept, and the same command goes on, or begins again", file=sys.stderr)
+        print(
+            "stopped; what was published or printed is kept, and the same command goes on, or begins again",
+            file=sys.stderr,
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

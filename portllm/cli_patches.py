@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from portllm.errors import SpecError
+from portllm.errors import SpecError, StageError
 from portllm.terminal import Json, print_json
 
 if TYPE_CHECKING:
@@ -239,17 +239,26 @@ def evaluate(
         raise SpecError("--tasks: names no task")
     if items is not None and not items.parent.is_dir():
         raise SpecError(f"--items {items}: there is no directory {items.parent}")
+    if items is not None and items.is_dir():
+        raise SpecError(f"--items {items}: a directory; name the file to write")
     asked = Asked(names, data_root, include_path, num_fewshot, limit, mode, dtype, _device())
-    found = []
+    found, failure = [], None
     with _cells_shown() as told:
-        for scored in score(model_directory(model), patch or [], asked, told):
-            found.append(scored)
+        try:
+            for scored in score(model_directory(model), patch or [], asked, told):
+                found.append(scored)
+        except (StageError, KeyboardInterrupt) as error:
+            if not found:
+                raise
+            failure = error  # what was scored before it is not lost
     for line in score_notes(found):
         print(line, file=sys.stderr)
     rows = score_rows(model, mode, dtype, found)
     if items is not None:
         item_table(found, items)
     print_json(rows) if json else print(score_text(rows))
+    if failure is not None:
+        raise failure
 
 
 def _device() -> str:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from portllm.errors import ResolveError
+from portllm.errors import PortllmError, ResolveError, StageError
 from portllm.formats import lmeval
 from portllm.formats.adapter import read_adapter
 from portllm.study.limits import check_room
@@ -76,7 +76,8 @@ def score(
 
     `told` hears of each cell when it begins and whenever some of its requests are done.
 
-    Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded.
+    Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded, and
+    StageError, naming task and patch, for a cell that cannot be scored.
     """
     checked = _checked(model, patches, asked)
     ranks = {patch: max((t.rank for t in read_adapter(patch).targets.values()), default=None) for patch in patches}
@@ -94,8 +95,19 @@ def score(
             out = root / "cells" / str(number)
             scales = (1.0,) * len(applied)
             recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
-            summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
+            with _naming(at):
+                summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
             yield Scored(patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet"))
+
+
+@contextmanager
+def _naming(at: At) -> Iterator[None]:
+    """Whatever fails in a cell is one error that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error) if isinstance(error, PortllmError) else f"{type(error).__name__}: {error}"
+        raise StageError(f"{at.task}{f' with {at.patch}' if at.patch else ''}: {said}") from error
 
 
 def _telling(run: RunContext, at: At, told: Callable[[At], None]) -> RunContext:

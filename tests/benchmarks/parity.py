@@ -2,7 +2,8 @@
 
 Whole validation sets of the multiple-choice tasks; gsm8k's texts on 200 documents with 0 and 5 examples. An item whose
 two best choices HFLM itself puts within 2e-4 of each other may be chosen either way: such items are counted apart, and
-at most one in a thousand may be so. Ends with 1 where anything else differs.
+at most one in a thousand of the whole run may be so. A metric may differ only where such an item was chosen otherwise.
+Ends with 1 where anything else differs.
 
 Over a vocabulary as large as Gemma's (262k) torch's fp32 log-softmax, which HFLM takes by default, is itself wrong by
 1e-4 a token: sums of that many small terms lose them. There HFLM is asked for its float64 one (`softmax_dtype`).
@@ -45,10 +46,11 @@ class Found:
     other: int
     """Items chosen differently that are no tie, or differing texts."""
     metrics: bool
+    """The same, or moved by near ties that were chosen differently."""
 
     @property
     def holds(self) -> bool:
-        return self.other == 0 and self.metrics and self.ties <= self.documents / 1000 and self.largest <= WITHIN
+        return self.other == 0 and self.metrics and self.largest <= WITHIN
 
 
 def random_configs(words: int, **ends: int | None) -> dict[str, Any]:
@@ -102,15 +104,15 @@ def compare(model: Path, task: str, limit: int | None, shots: int | None) -> Fou
     if items[0]["text"] is not None:
         differ = sum(item["text"] != sample["resps"][0][0] for item, sample in pairs)
         return Found(len(items), 0.0, 0, differ, same)
-    largest, ties, other = 0.0, 0, 0
+    largest, ties, other, flipped = 0.0, 0, 0, 0
     for item, sample in pairs:
         theirs = np.array([response[0][0] for response in sample["resps"]])
         largest = max(largest, float(np.abs(np.array(item["choice_loglikelihoods"]) - theirs).max()))
         best = np.sort(theirs)
         near = best[-1] - best[-2] < TIE
-        ties += near
-        other += int(item["prediction"]) != int(theirs.argmax()) and not near
-    return Found(len(items), largest, ties, other, same or ties > 0)
+        differs = int(item["prediction"]) != int(theirs.argmax())
+        ties, flipped, other = ties + near, flipped + (differs and near), other + (differs and not near)
+    return Found(len(items), largest, ties, other, same or flipped > 0)
 
 
 def main() -> None:
@@ -125,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print("| model | task | documents | largest difference | near ties | differ | metrics |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    holds = True
+    holds, documents, ties = True, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         named = [*models(Path(folder)), *([("Gemma 3 270M", arguments.gemma)] if arguments.gemma else [])]
         for name, model in named:
@@ -136,10 +138,12 @@ def main() -> None:
                     continue
                 found = compare(model, task, count, shots)
                 holds &= found.holds
+                documents, ties = documents + found.documents, ties + found.ties
                 label = f"{task}, {shots} shots" if shots is not None else task
                 print(f"| {name} | {label} | {found.documents} | {found.largest:.0e} | {found.ties} | {found.other} | "
                       f"{'the same' if found.metrics else 'differ'} |", flush=True)  # fmt: skip
-    sys.exit(0 if holds else 1)
+    print(f"\n{ties} near ties of {documents:,} documents, {ties / max(documents, 1):.2%}")
+    sys.exit(0 if holds and ties <= documents / 1000 else 1)
 
 
 if __name__ == "__main__":

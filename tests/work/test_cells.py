@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from portllm.cli import main
 from portllm.store.results import COLUMNS
@@ -156,3 +157,25 @@ def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         main(["evaluate", "--model", str(short), *places, "--tasks", "mood", "--json"])
     assert "prompts were cut from the left to fit the model's window" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_is_named_and_what_was_scored_before_it_is_kept(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_patch(tmp_path / "broken", world / "model")
+    weights = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    save_file({name: tensor * 1e12 for name, tensor in weights.items()}, tmp_path / "broken/adapter_model.safetensors")
+    items = tmp_path / "items.parquet"
+    patches = ["--patch", world / "patch0", "--patch", tmp_path / "broken"]
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *map(str, [*places, "--tasks", "mood", *patches, "--items", items, "--json"])])
+    out, error = capsys.readouterr()
+    assert ended.value.code == 1 and len(json.loads(out)) == 1 and len(pq.read_table(items)) == 20
+    assert f"error: mood with {tmp_path}/broken: the score of document" in error
+
+
+def test_items_go_into_a_file_and_a_directory_is_refused_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "a directory; name the file" in evaluate(capsys, world, "--tasks", "mood", "--items", tmp_path, code=2)
