@@ -128,9 +128,10 @@ def _told(*values: Any) -> Iterator[Path]:
     for value in values:
         if isinstance(value, (dict, list)):
             yield from _told(*(value.values() if isinstance(value, dict) else value))
-        elif isinstance(value, str) and os.sep in value:
-            for pattern in (value, f"{value}/**"):
-                yield from (Path(p) for p in glob.glob(pattern, recursive=True) if _asked_for(p, pattern))
+        elif isinstance(value, str) and os.sep in value and value.strip("./") and os.path.exists(value):
+            yield Path(value)
+            below = glob.escape(value) + "/**"
+            yield from (Path(p) for p in glob.glob(below, recursive=True) if _asked_for(p, value))
 
 
 def _list(value: Any) -> list[Any]:

@@ -96,21 +96,21 @@ def _changes(group: str, what: str) -> str:
     return f"group `{group}` changes its members ({what}): name its tasks, each with its own settings"
 
 
-def definition_digest(path: Path, *, data: bool = True, sha256: Callable[[Path], str] | None = None) -> str:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def definition_digest(path: Path, *, data: bool = True, sha256: Callable[[Path], str] = _sha256) -> str:
     """sha256 over a task's YAML, what it includes, the Python its `!function` names live in, and its local data.
 
     `data` is False where the study gives other data; `sha256` (of a file) may come from a cache.
     """
-    content, digest = sha256 or _sha256, hashlib.sha256()
+    digest = hashlib.sha256()
     for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in definition_files(path, data)}):
         if file.is_file():
-            digest.update(f"{label}\0{content(file)}\n".encode())
+            digest.update(f"{label}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def definition_files(path: Path, data: bool = True) -> Iterator[Path]:

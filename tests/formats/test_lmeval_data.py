@@ -94,7 +94,9 @@ def test_data_beside_a_definition_that_says_them_in_an_include_count(rows):
 def test_files_that_a_function_is_told_of_count(rows):
     (rows.parent / "made.py").write_text("def made(**_): pass\n")
     file = rows.parent / "mine.yaml"
-    file.write_text(f"task: mine\ncustom_dataset: !function made.made\ndataset_kwargs: {{rows: {rows}, kind: a/b}}\n")
+    file.write_text(
+        f"task: mine\ncustom_dataset: !function made.made\ndataset_kwargs: {{rows: {rows}, kind: a/b, between: /}}\n"
+    )
     before = lmeval.definition_digest(file)
     write_parquet(rows / "deep" / "b.parquet", [{"sentence": "it was other", "label": 5}])
     assert lmeval.definition_digest(file) != before
