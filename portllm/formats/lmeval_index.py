@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from portllm.errors import ResolveError
+from portllm.formats.lmeval_data import local_data
 
 # A literal newline, not ^ with re.M: half the time over 14,000 files.
 _KEYS = re.compile(rb"""\n["']?(task|group|class|tag|include)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)""")
@@ -95,26 +96,40 @@ def _changes(group: str, what: str) -> str:
     return f"group `{group}` changes its members ({what}): name its tasks, each with its own settings"
 
 
-def definition_digest(path: Path) -> str:
-    """sha256 over a task's YAML, what it includes, the Python its `!function` names live in, and its local data."""
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def definition_digest(path: Path, *, data: bool = True, sha256: Callable[[Path], str] = _sha256) -> str:
+    """sha256 over a task's YAML, what it includes, the Python its `!function` names live in, and its local data.
+
+    `data` is False where the study gives other data; `sha256` (of a file) may come from a cache.
+    """
     digest = hashlib.sha256()
-    for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in definition_files(path)}):
-        digest.update(f"{label}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in definition_files(path, data)}):
+        if file.is_file():
+            digest.update(f"{label}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def definition_files(path: Path) -> Iterator[Path]:
-    """Every file that says what a task is: YAML, includes, functions, local data."""
+def definition_files(path: Path, data: bool = True) -> Iterator[Path]:
+    """Every file that says what a task is: YAML, includes, functions; with `data` its local data (`local_data`).
+
+    Directories among them are those in which a file added later would be read as well.
+    """
+    yield from _written(path)
+    if data:
+        yield from local_data(merged_config(path))
+
+
+def _written(path: Path) -> Iterator[Path]:
     config, functions = read_yaml(path)
     yield path
     for include in _list(config.get("include")):
-        yield from definition_files(path.parent / include)
+        yield from _written(path.parent / include)
     for function in functions:
         yield from _modules(path.parent / (function.rpartition(".")[0].replace(".", "/") + ".py"), set())
-    kwargs = config.get("dataset_kwargs")
-    files = kwargs.get("data_files") if isinstance(kwargs, dict) else None
-    for file in files.values() if isinstance(files, dict) else _list(files):
-        yield from (Path(f) for f in _list(file) if Path(f).is_file())
 
 
 def _modules(path: Path, seen: set[Path]) -> Iterator[Path]:
@@ -240,12 +255,27 @@ def scan(root: Path) -> Index:
     return index
 
 
-def _yaml_files(root: Path) -> list[str]:
-    found: list[str] = []
+def scanned(root: Path) -> Iterator[Path]:
+    """What `scan` looked at below a directory: folders, YAML files, and what they include."""
+    seen: set[str] = set()
+    waiting = _yaml_files(root)
+    while waiting:
+        file = os.path.normpath(waiting.pop())
+        if file not in seen and os.path.isfile(file):
+            seen.add(file)
+            waiting += _includes(file, _keys(file))
+    yield from map(Path, sorted(seen))
+    yield from (Path(directory) for directory, _ in _folders(root))
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
     for directory, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in _SKIPPED]
-        found += [os.path.join(directory, f) for f in files if f.endswith(".yaml")]
-    return sorted(found)
+        yield directory, files
+
+
+def _yaml_files(root: Path) -> list[str]:
+    return sorted(os.path.join(folder, f) for folder, files in _folders(root) for f in files if f.endswith(".yaml"))
 
 
 def _keys(path: str) -> dict[bytes, bytes]:
@@ -259,8 +289,11 @@ def _keys(path: str) -> dict[bytes, bytes]:
 def _tags(path: str, keys: dict[bytes, bytes], read: Callable[[str], dict[bytes, bytes]]) -> list[str]:
     if b"tag" in keys:
         return _scalars(keys[b"tag"])
-    included = [os.path.join(os.path.dirname(path), name) for name in _scalars(keys.get(b"include", b""))]
-    return [tag for file in included for tag in _tags(file, read(file), read)]
+    return [tag for file in _includes(path, keys) for tag in _tags(file, read(file), read)]
+
+
+def _includes(path: str, keys: dict[bytes, bytes]) -> list[str]:
+    return [os.path.join(os.path.dirname(path), name) for name in _scalars(keys.get(b"include", b""))]
 
 
 def _scalars(raw: bytes) -> list[str]:

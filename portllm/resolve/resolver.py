@@ -146,7 +146,8 @@ class _Remembered:
     def __init__(self, file: Path, text: str, overrides: Sequence[str]) -> None:
         lock = lock_path(file)
         pins = lock.read_text() if lock.is_file() else ""
-        identity = [__version__, package_version("lm_eval"), str(file.resolve()), text, list(overrides), pins]
+        here = str(Path.cwd())  # where the relative data of a task's definition start
+        identity = [__version__, package_version("lm_eval"), str(file.resolve()), here, text, list(overrides), pins]
         self.path = cache_directory() / "facts" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
 
     def load(self) -> Facts | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from portllm.errors import ResolveError
 from portllm.formats import lmeval
+from portllm.formats.lmeval_data import from_hub
 from portllm.formats.lmeval_generation import new_tokens
-from portllm.formats.lmeval_index import definition_files, merged_config
+from portllm.formats.lmeval_index import definition_files, merged_config, scanned
 from portllm.resolve.digests import cache_directory, write_cache
 from portllm.resolve.source import Sources, about
 from portllm.study.facts import Given, TaskFacts
@@ -23,13 +24,14 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
     """A task of the study; every refusal that its definition and data allow."""
     source = task_source(study, task, sources)
     where = lmeval.locate(task.task, source.definition)
-    for file in definition_files(where):
-        sources.note(file)
-    config = lmeval.definition_digest(where)
+    own_data = source.data is None
+    for path in definition_files(where, own_data):
+        sources.note(path)
+    config = lmeval.definition_digest(where, data=own_data, sha256=sources.digests.file)
     facts = TaskFacts(definition=_definition(source, config), data=_data(source, sources), config=config)
     if facts.data is None and (dataset := _hub_dataset(source)):
-        path = dataset.partition(":")[0]
-        return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{path}"))
+        name = dataset.partition(":")[0]
+        return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{name}"))
     content = [
         "task",
         2,
@@ -45,6 +47,9 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
 def groups(study: Study, sources: Sources) -> dict[str, tuple[str, ...]]:
     """The members of every group or tag among the study's tasks."""
     found = {}
+    for root in {include for task in study.tasks if (include := _include(task, sources))}:
+        for path in scanned(root):  # any file below it can change what a name stands for
+            sources.note(path)
     for task in study.tasks:
         include = _include(task, sources)
         with about(f"task `{task.task}`"):
@@ -102,7 +107,7 @@ def _hub_dataset(source: lmeval.TaskSource) -> str | None:
     """Hub data set of a task without data of its own: path, and after a colon the subset."""
     config = merged_config(lmeval.locate(source.name, source.definition))
     path, name = config.get("dataset_path"), config.get("dataset_name")
-    if not path or path in ("parquet", "json", "csv", "text", "arrow") or config.get("custom_dataset"):
+    if not from_hub(config):
         return None
     return f"{path}:{name}" if name else str(path)
 

@@ -334,3 +334,97 @@ def test_a_group_stands_for_its_tasks_each_with_its_settings(copy):
     assert {cell.task for cell in make_plan(study, facts).cells} == {"mood", "tone"}
     with pytest.raises(SpecError, match="`mood` stands twice"):
         open_study(copy, ["tasks=[{task: both, include_path: tasks}, {task: mood, include_path: tasks}]"])
+
+
+def own_data(copy, kwargs):
+    """The study with `mood` alone, whose definition names its data itself."""
+    definition = copy.parent / "tasks" / "own.yaml"
+    text = (copy.parent / "tasks" / "mood.yaml").read_text().replace("task: mood", "task: own")
+    definition.write_text(text + f"dataset_kwargs: {kwargs}\n".replace("{d}", str(copy.parent / "data" / "mood")))
+    copy.write_text(
+        "name: own\nmodels: {m: {path: model}}\nlineages: {a: {model: m, updates: [{path: model}]}}\n"
+        "tasks: [{task: own, include_path: tasks}]\narms: [none]\n"
+    )
+    return copy
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        "{data_files: {train: '{d}/t*.parquet', validation: '{d}/v*.parquet'}}",
+        "{data_dir: '{d}'}",
+        "{data_dir: '{d}', data_files: {train: train.parquet, validation: validation.parquet}}",
+    ],
+)
+def test_data_that_a_definition_names_are_seen_and_make_new_keys(copy, kwargs, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(copy.parent / "cache"))
+    before = steps_of(own_data(copy, kwargs), "own")
+    assert before and steps_of(copy, "own") == before
+    file = copy.parent / "data" / "mood" / "validation.parquet"
+    write_parquet(file, [row | {"label": 1 - row["label"]} for row in pq.read_table(file).to_pylist()])
+    assert steps_of(copy, "own").isdisjoint(before)
+
+
+def steps_of(file, task):
+    """Keys of the steps that a task plays a part in."""
+    return {key for key, step in make_plan(*open_study(file)).steps.items() if task in step.label}
+
+
+def test_data_that_a_definition_names_must_exist_unless_the_study_gives_others(copy):
+    with pytest.raises(ResolveError, match=r"task `own`: its data .*none\.parquet does not exist"):
+        open_study(own_data(copy, "{data_files: {validation: '{d}/none.parquet'}}"))
+    (copy.parent / "data" / "own").symlink_to(copy.parent / "data" / "mood")
+    assert open_study(copy, ["data_root=data"])[1].tasks["own"].documents
+
+
+def test_a_local_directory_as_a_data_set_is_not_the_hubs(copy):
+    own_data(copy, "{}")
+    file = copy.parent / "tasks" / "own.yaml"
+    file.write_text(file.read_text().replace("dataset_path: parquet", f"dataset_path: {copy.parent / 'data' / 'mood'}"))
+    facts = open_study(copy)[1]
+    assert facts.unpinned == () and facts.tasks["own"].dataset is None and facts.tasks["own"].documents
+
+
+def test_relative_data_of_a_definition_are_looked_for_anew_from_another_directory(copy, monkeypatch):
+    own_data(copy, "{data_files: {train: data/mood/train.parquet, validation: data/mood/validation.parquet}}")
+    monkeypatch.chdir(copy.parent)
+    before = keys(copy)
+    shutil.copytree(copy.parent / "data", copy.parent / "other" / "data")
+    write_parquet(copy.parent / "other/data/mood/validation.parquet", [{"sentence": "it was good", "label": 1}])
+    monkeypatch.chdir(copy.parent / "other")
+    assert keys(copy) != before
+
+
+def test_a_group_edited_in_place_is_seen_at_once(copy):
+    file = copy.parent / "tasks" / "both.yaml"
+    asked = ["tasks=[{task: both, include_path: tasks}]"]
+    for members in ("[mood]", "[mood, tone]", "[tone]"):
+        file.write_text(f"group: both\ntask: {members}\n")
+        study, _ = open_study(copy, asked)
+        assert f"[{', '.join(task.task for task in study.tasks)}]" == members
+
+
+def test_a_tag_given_to_another_task_is_seen_at_once(copy):
+    (copy.parent / "tasks" / "deep").mkdir()
+    (copy.parent / "tasks" / "deep" / "base").write_text("output_type: multiple_choice\n")
+    mood, tone = (copy.parent / "tasks" / f"{name}.yaml" for name in ("mood", "tone"))
+    mood.write_text(mood.read_text() + "tag: moods\n")
+    tone.write_text(tone.read_text() + "include: deep/base\n")
+    asked = ["tasks=[{task: moods, include_path: tasks}]"]
+    assert set(open_study(copy, asked)[1].tasks) == {"mood"}
+    (copy.parent / "tasks" / "deep" / "base").write_text("output_type: multiple_choice\ntag: moods\n")
+    assert set(open_study(copy, asked)[1].tasks) == {"mood", "tone"}
+
+
+def test_a_definition_added_below_the_include_path_is_seen_at_once(copy):
+    (copy.parent / "tasks" / "deep").mkdir()
+    open_study(copy)
+    other = (copy.parent / "tasks" / "mood.yaml").read_text().replace("positive or negative", "negative or positive")
+    before = keys(copy)
+    (copy.parent / "tasks" / "deep" / "mood.yaml").write_text(other)  # `deep/` comes before `mood.yaml`
+    assert keys(copy) != before
+
+
+def test_a_link_to_nowhere_among_the_definitions_is_no_error(copy):
+    (copy.parent / "tasks" / ".#mood.yaml").symlink_to("nobody@nowhere")  # an editor's lock
+    assert keys(copy)
