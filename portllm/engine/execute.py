@@ -117,15 +117,20 @@ def attempted(job: Job, work: Callable[[Path, Path], tuple[Summary, int]]) -> Ou
 
 
 def make_record(step: Step, summary: Summary, wall: float, started: float) -> dict[str, Any]:
-    """What is kept beside a published output. Its times are those of a training that ran in one piece."""
-    earlier = summary.get("earlier_s", 0.0)
+    """What is kept beside a published output. Its times are those of a training that ran in one piece.
+
+    `device_s`: seconds times devices of all attempts that it goes on from, which may have had others than the last.
+    """
+    earlier, layout = summary.get("earlier_s", 0.0), step.layout
+    earlier_device_s = summary.get("earlier_rank_s", 0.0) * (layout.devices / layout.workers)
     return {
         "stage": step.stage,
         "label": step.label,
         "payload": step.payload(),
         "summary": summary,
         "wall_s": wall + earlier,
-        "devices": step.layout.devices,
+        "devices": layout.devices,
+        "device_s": wall * layout.devices + earlier_device_s,
         "started": started - earlier,
         "host": socket.gethostname(),
         "pid": os.getpid(),

@@ -72,7 +72,8 @@ class Progress:
             self._say(running)
             return
         done = len(schedule.published)
-        left = _left(time.monotonic() - self.started, done - before, self.total - done)
+        longest = max((watches[key].left for key in schedule.running), default=0.0)
+        left = _left(time.monotonic() - self.started, done - before, self.total - done, longest)
         failed = f" · {len(schedule.failed)} failed" if schedule.failed else ""
         ready = len(schedule.ready) + sum(map(len, schedule.cells.values()))
         from rich.text import Text
@@ -97,8 +98,9 @@ def far(label: str, line: Mapping[str, Any] | None) -> str:
     return f"{label}  {' · '.join([so_far, *curve])}"
 
 
-def _left(elapsed: float, done: int, remaining: int) -> str:
-    if done == 0:
+def _left(elapsed: float, done: int, remaining: int, longest: float) -> str:
+    """By the steps done so far, and at least what the `longest` of the running ones will take yet."""
+    if done == 0 and not longest:
         return "time left unknown"
-    seconds = elapsed / done * remaining
+    seconds = max(elapsed / done * remaining if done else 0.0, longest)
     return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from portllm.engine.cluster import nodes
-from portllm.engine.execute import Outcome, job_for
+from portllm.engine.execute import TRAININGS, Outcome, job_for
 from portllm.engine.failures import DIED, PREEMPTED, Decision, Failure, decide
 from portllm.engine.gang import run_gang
 from portllm.engine.pool import Budget, Size
@@ -114,6 +114,17 @@ class Runner:
         self.report.versions = len({version for _, version in self.scored})
         return self.report
 
+    def stop(self, seconds: float) -> None:
+        """Tells the running trainings to keep their state, and waits until they have, so long at most."""
+        steps = {reference: holder.step for reference, holder in self.running.items()}
+        trainings = {ref: step.key for ref, step in steps.items() if step and step.stage in TRAININGS}
+        for stop in map(self.store.paths.stop, trainings.values()):
+            with contextlib.suppress(OSError):
+                stop.parent.mkdir(parents=True, exist_ok=True)
+                stop.touch()
+        if trainings:
+            ray.wait(list(trainings), num_returns=len(trainings), timeout=seconds)
+
     # --- dispatch
 
     def _dispatch(self) -> None:
@@ -140,6 +151,8 @@ class Runner:
 
     def _begin(self, step: Step) -> None:
         self.schedule.start(step)
+        with contextlib.suppress(OSError):
+            self.store.paths.stop(step.key).unlink()
         self.watches[step.key] = Watch(self.store.paths.watch(step.key))
 
     def _wanted_size(self) -> Size | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from portllm.track.mlflow_mirror import Mirror
 
 _TRAININGS = ("base", "update", "finetune")
+GRACE_S = 25.0
+"""Seconds that trainings get to keep their state after SIGTERM: Kubernetes kills after 30."""
 CURVE_S = 5.0
 """Seconds between two pieces of a running training's curve in MLflow; a shorter one gets there when published."""
 SLOW_BF16 = (
@@ -66,7 +69,7 @@ def run_plan(
     mirror = open_mirror(study, store)
     try:
         with connected(address) as budget, Progress(len(plan.steps), quiet) as progress:
-            signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which brings a handler of its own
+            terminated = _listen()  # after Ray, which brings a handler of its own
             publish = _publisher(mirror, plan, store)
             for step in plan.steps.values():
                 if store.has(
@@ -74,7 +77,12 @@ def run_plan(
                 ):  # by an earlier run, which may have been killed before it told MLflow
                     publish(step)
             runner = Runner(plan, store, budget, progress, publish, _watcher(mirror))
-            report = runner.run()
+            try:
+                report = runner.run()
+            except KeyboardInterrupt:
+                if terminated():
+                    runner.stop(GRACE_S)
+                raise
         shown = _shown(show)
         if mirror is not None:
             for path in shown:
@@ -90,8 +98,19 @@ def run_plan(
     }
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _listen() -> Callable[[], bool]:
+    """Takes SIGTERM (a container ends, a scheduler wants the machine back) as an interrupt; tells whether it came.
+
+    By a flag, since Ray raises KeyboardInterrupt from its waiting, whatever the handler raised.
+    """
+    came = threading.Event()
+
+    def heard(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, heard)
+    return came.is_set
 
 
 def _require_compiler(store: Store, plan: Plan) -> None:

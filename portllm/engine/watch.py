@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,18 @@ class Watch:
     read: int = 0
     """Bytes of whole lines."""
     last: Line | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
     def news(self) -> list[Line]:
-        """New lines, oldest first. Where another driver began the file anew, some are missed, and half a one is."""
+        """New lines, oldest first. What is no line (a full disk cut it, another driver began anew) is passed over."""
         try:
             with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self.read:
+                    self.read = 0
                 file.seek(self.read)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:  # nothing yet, or published in this moment
@@ -63,3 +68,11 @@ class Watch:
                 lines.append(json.loads(line))
         self.last = lines[-1] if lines else self.last
         return lines
+
+    @property
+    def left(self) -> float:
+        """Seconds that the step will take yet, if it goes on as it did; 0 where it has not said anything."""
+        if self.last is None:
+            return 0.0
+        done, total = self.last["done"], self.last["total"]
+        return (time.monotonic() - self.begun) * (total - done) / max(done, 1)

@@ -49,7 +49,7 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
 
     torch.set_num_threads(threads)
     device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-    return RunContext(scratch, Versions(), rank=rank, world=world, device=device, log=lambda _: None, stop=told)
+    return RunContext(scratch, Versions(), rank=rank, world=world, device=device, log=lambda _: None)
 
 
 def prepare(context: Any, job: Job) -> None:
@@ -58,7 +58,8 @@ def prepare(context: Any, job: Job) -> None:
     context.layout = step.layout
     context.about = {"key": step.key, "label": step.label, **step.coordinates}
     paths = StoreLayout(job.store)
-    context.resume = paths.work(step.key)
+    context.resume, stop = paths.work(step.key), paths.stop(step.key)
+    context.stop = lambda: told() or stop.exists()
     if context.rank == 0:
         context.progress = Reporter(paths.watch(step.key))
 

@@ -52,7 +52,9 @@ def costs(steps: Sequence[Step]) -> list[Cost]:
 
 
 def device_s(step: Step) -> float | None:
-    """Wall seconds times devices."""
+    """Seconds on devices of all attempts; wall seconds times devices where that is all that is known."""
+    if step.get("device_s") is not None:
+        return float(step["device_s"])
     return None if step.get("wall_s") is None else float(step["wall_s"]) * int(step.get("devices") or 1)
 
 

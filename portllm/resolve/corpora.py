@@ -62,7 +62,7 @@ class _Counted:
     def __iter__(self) -> Iterator[str]:
         for document in self.documents:
             self.text = self.text or bool(document and not document.isspace())
-            self.tokens += len(document.encode(errors="surrogatepass")) + 2  # a blank before it, EOS after it
+            self.tokens += len(document.encode(errors="surrogatepass")) + 3  # BOS and a blank before it, EOS after it
             yield document
 
 

@@ -41,6 +41,10 @@ class StoreLayout:
         """How far a running step is (`engine/watch.py`)."""
         return self.work(key) / "watch.jsonl"
 
+    def stop(self, key: str) -> Path:
+        """Is there while a running training is to keep its state and end."""
+        return self.work(key) / "stop"
+
     def failures(self, key: str) -> Path:
         """Failure records of a step."""
         return self.root / "failures" / key

@@ -129,6 +129,7 @@ def training(step: Any, store: Store) -> dict[str, Any]:
         "summary": record["summary"],
         "curve": [json.loads(line) for line in lines],
         "devices": record["devices"],
+        "device_s": record.get("device_s"),
         "expected": record.get("expected"),
         "recipe": record["payload"]["recipe"],
         "inputs": record["payload"]["inputs"],

@@ -42,7 +42,7 @@ OFFLOAD = {"device": DEVICE, "pin_memory": FLAG}
 ZERO_3 = {
     "offload_param": OFFLOAD, "sub_group_size": COUNT, "stage3_prefetch_bucket_size": SIZE,
     "stage3_param_persistence_threshold": SIZE, "stage3_model_persistence_threshold": SIZE,
-    "stage3_max_live_parameters": SIZE, "stage3_max_reuse_distance": SIZE, "stage3_module_granularity_threshold": SIZE,
+    "stage3_max_live_parameters": SIZE, "stage3_max_reuse_distance": SIZE,
     "stage3_use_all_reduce_for_fetch_params": FLAG, "stage3_allgather_sequential": FLAG,
     "stage3_gather_16bit_weights_on_model_save": FLAG, "zero_hpz_partition_size": COUNT,
     "memory_efficient_linear": FLAG, "override_module_apply": FLAG, "log_trace_cache_warnings": FLAG,
@@ -96,6 +96,7 @@ REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": "keeps fewer bits of the weights, which changes numbers",
     "zero_optimization.compute_grad_norm": "is needed: every training clips by that norm and records it",
     "zero_optimization.legacy_stage1": "is gone from DeepSpeed",
+    "zero_optimization.stage3_module_granularity_threshold": "fails with the models here (whole layers are no leaves)",
     "zero_optimization.save_muon_momentum_buffer_in_memory": _OTHER_STEP,
     **{f"zero_optimization.{name}": _CHECKPOINT
        for name in ("load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint")},
@@ -170,5 +171,7 @@ def _require_works(own: Mapping[str, Any], stage: int | None, workers: int, wher
         raise SpecError(f"{where}: zero_optimization.{odd[0]} is of ZeRO-3 alone, and {said}: leave it out")
     if workers % (group := int(zero.get("zero_hpz_partition_size", 1))):
         raise SpecError(f"{where}: zero_hpz_partition_size {group} does not divide the stage's {workers} workers")
-    if own.get("gradient_predivide_factor", 1) != 1 and zero.get("reduce_scatter", True):
-        raise SpecError(f"{where}: gradient_predivide_factor needs zero_optimization.reduce_scatter: false")
+    if zero.get("reduce_scatter", True):
+        plain = {"gradient_predivide_factor": 1, "prescale_gradients": False}
+        if odd := [name for name, value in plain.items() if own.get(name, value) != value]:
+            raise SpecError(f"{where}: {odd[0]} needs zero_optimization.reduce_scatter: false")

@@ -173,18 +173,26 @@ class _Known:
     """The newest value of each."""
     keys: dict[str, str] | None = None
     """Metric name → key of its cell, once keys.json was read or written here."""
-    reached: int = 0
-    """Step up to which the curve of a training that is not finished is there."""
+    steps: set[int] = field(default_factory=set)
+    """Steps of the curve that are there, of a training that is not finished."""
 
     def lacks(self, entry: Entry) -> list[Point]:
-        """The entry's points that are not there."""
+        """The entry's points that are not there.
+
+        Of a curve that grew while it was watched that is any step, also before the last one: a driver may be killed
+        with points in its hands. Of what is finished, the newest value tells.
+        """
         differ = {name for name, value in _latest(entry).items() if self.metrics.get(name) != value}
-        return [p for p in entry.points if p.name in differ and (p.step is None or p.step > self.reached)]
+        return [
+            p
+            for p in entry.points
+            if (p.name in differ if p.step is None or self.finished else p.step not in self.steps)
+        ]
 
     def has(self, entry: Entry) -> None:
         """All of the entry's points are there."""
         self.metrics |= _latest(entry)
-        self.reached = max([self.reached, *(p.step for p in entry.points if p.step is not None)])
+        self.steps |= {p.step for p in entry.points if p.step is not None}
 
 
 class _Writer:
@@ -297,7 +305,7 @@ class _Writer:
         info, data = run.info, run.data
         known = _Known(info.run_id, info.start_time, info.status == "FINISHED", dict(data.tags), dict(data.metrics))
         if not known.finished and "loss" in known.metrics:
-            known.reached = max(m.step for m in self._client.get_metric_history(known.run_id, "loss"))
+            known.steps = {m.step for m in self._client.get_metric_history(known.run_id, "loss")}
         return known
 
     def _create(self, entry: Entry) -> _Known:

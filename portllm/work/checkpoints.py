@@ -66,6 +66,7 @@ class Checkpoints:
             self.writer.join()
 
     def _write(self, target: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         partial = target.with_suffix(".partial")
@@ -78,7 +79,7 @@ class Checkpoints:
             if self.run.rank == 0:
                 for old in complete(self.directory)[:-KEPT]:
                     shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:  # a full disk: the training does not need it
+        except (OSError, SafetensorError) as error:  # a full disk: the training does not need it
             partial.unlink(missing_ok=True)
             self.run.log(f"no checkpoint of optimizer step {about['step']}: {error}")
 
@@ -101,10 +102,17 @@ class Checkpoints:
                 errors.append(error)
                 self.run.log(str(error))
             else:
+                self._set_aside([other for other in complete(self.directory) if _numbers(other) > _numbers(path)])
                 return path.name
         if errors:
             raise errors[0]
         return None
+
+    def _set_aside(self, unreadable: list[Path]) -> None:
+        """Out of the way: they count as the newest, and the newest are kept."""
+        if self.run.rank == 0:
+            for path in unreadable:
+                path.rename(path.with_name(f"unreadable-{path.name}"))
 
     def _agreed(self, name: str | None) -> str | None:
         """Rank 0's choice: another rank may see the directory earlier or later."""

@@ -32,22 +32,23 @@ class Meter:
         """The engine stands: time counts from here."""
         self.begun = self.run.clock()
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of all attempts, what was lost to interruptions left out."""
-        return self.earlier.get("seconds", 0.0) + self.run.clock() - self.begun
-
     def spent(self) -> dict[str, float]:
-        """Seconds, joules of all ranks, the largest rank's memory; only what can be counted here. Collective."""
+        """Seconds of all attempts, what was lost to interruptions left out; those of all ranks added up, and their
+        joules; the largest rank's memory. Only what can be counted here. Collective.
+        """
         here = self.memory() | {"energy_j": self._joules()}
         known = {name: float(value) for name, value in here.items() if value is not None}
         ranks: list[dict[str, float]] = [known] * self.run.world
         if self.run.world > 1:
             distributed.all_gather_object(ranks, known)
-        found = {"seconds": self.seconds}
+        here_s = self.run.clock() - self.begun
+        found = {
+            "seconds": self.earlier.get("seconds", 0.0) + here_s,
+            "rank_s": self.earlier.get("rank_s", 0.0) + here_s * self.run.world,
+        }
         for name in known:
-            values, before = [rank[name] for rank in ranks], self.earlier.get(name, 0.0)
-            found[name] = sum(values) + before if name == "energy_j" else max(*values, before)
+            values, earlier = [rank[name] for rank in ranks], self.earlier.get(name, 0.0)
+            found[name] = sum(values) + earlier if name == "energy_j" else max(*values, earlier)
         return found
 
     def read(self, engine: Any, points: Sequence[Point], targets: int) -> Summary:
@@ -57,7 +58,6 @@ class Meter:
         tokens = sum(point.tokens for point in points)
         arithmetic = flops(engine.module.model, tokens, targets)
         peak = self.run.layout.peak_flops or measured_peak(self.run, engine)
-        spent = seconds * self.run.world
         return {
             **_parameters(engine.module),
             "tokens": tokens,
@@ -68,8 +68,9 @@ class Meter:
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "flops": arithmetic,
             "peak_flops": peak,
-            "utilisation": round(arithmetic / max(spent * peak, 1e-9), 4),
+            "utilisation": round(arithmetic / max(found["rank_s"] * peak, 1e-9), 4),
             "earlier_s": round(self.earlier.get("seconds", 0.0), 3),
+            "earlier_rank_s": round(self.earlier.get("rank_s", 0.0), 3),
             "energy_j": round(found["energy_j"], 1) if "energy_j" in found else None,
             "peak_rss_bytes": int(found["peak_rss_bytes"]),
             "peak_device_bytes": int(found["peak_device_bytes"]) if "peak_device_bytes" in found else None,

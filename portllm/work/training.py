@@ -63,6 +63,7 @@ def train(
     loss = SummedLoss(model)
     if data.joins and not loss.apart:
         run.log(f"{type(model).__name__} does not keep the documents of a sequence apart: it reads them as one text")
+    linear = nn.functional.linear
     engine = start(loss, config, optimization, run)
     loop = Loop(engine, data, len(batches), optimization, run, meter)
     try:
@@ -76,6 +77,7 @@ def train(
     finally:
         loop.end()
         engine.destroy()
+        nn.functional.linear = linear  # ZeRO-3 puts its own there, for whatever this process computes after it
     settle(engine.module, values)
     write_logs(out, loop.points, [loop.mine(batch) for batch in batches], run)
     return ledger
@@ -139,7 +141,7 @@ def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization
     )
     try:
         return deepspeed.initialize(model=module, model_parameters=weights, optimizer=optimizer, config=config)[0]
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise StageError(f"DeepSpeed refuses this training: {error}") from error
 
 
@@ -191,7 +193,7 @@ class Loop:
         if about is not None:
             self.points = [Point(**point) for point in about["points"]]
             self.resumed = [*about["resumed"], len(self.points)]
-            self.meter.earlier = about["spent"]
+            self.meter.earlier = about.get("spent", {})
             self.run.log(f"goes on after optimizer step {len(self.points)} of {self.steps}")
 
     def keep(self) -> None:

@@ -93,10 +93,11 @@ def test_the_line_says_how_far_a_step_is(line, text):
 
 @pytest.mark.real
 def test_terminal_and_mlflow_follow_a_training_while_it_runs(tmp_path):
-    """Then Ctrl-C: MLflow's run, which was RUNNING, is no longer."""
+    """Then SIGTERM: the training keeps its state, and MLflow's run, which was RUNNING, is no longer."""
     world, store, steps = write_world(tmp_path / "w", STUDY), tmp_path / "s", 100_000
     options = [f"finetune={{rank: 2, learning_rate: 1e-3, steps: {steps}, batch: 32}}", "arms=[port]",
-               "resources.finetune={micro_tokens: 16}",  # many passes a step: some 20 steps a second
+               # Many passes a step: some 20 steps a second.
+               "resources.finetune={micro_tokens: 16, checkpoint_s: 1000}",
                "lineages={a: {model: m}}", "tasks=[{task: mood, include_path: tasks}]"]  # fmt: skip
     command = [sys.executable, "-m", "portllm", "run", world, "--store", store, "--yes"]
     terminal, theirs = pty.openpty()
@@ -117,12 +118,15 @@ def test_terminal_and_mlflow_follow_a_training_while_it_runs(tmp_path):
         assert _wait(lambda: re.search(rb"finetune m t=0 mood r2 s0  \d+/100000 \xc2\xb7 loss \d", shown))
         assert _wait(lambda: len(_curve(store)) > len(steps_in_mlflow))
         assert process.poll() is None and _status(store) == "RUNNING"
-        process.send_signal(signal.SIGINT)
+        assert not list(store.glob("work/*/step-*"))
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130
     finally:
         process.kill()
     curve = _curve(store)
     assert curve == list(range(1, len(curve) + 1)) and _status(store) == "FAILED"
+    (kept,) = store.glob("work/*/step-*")
+    assert int(kept.name.split("-")[1]) >= len(curve)
 
 
 def _read(terminal, shown):

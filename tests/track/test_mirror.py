@@ -302,12 +302,16 @@ def test_a_curve_seen_while_it_grew_is_written_once(store: Path) -> None:
 
 
 def test_a_training_that_goes_on_under_another_driver_goes_on_in_its_run(store: Path) -> None:
-    """Killed at step 9, resumed from a checkpoint of step 6: its curve has every step once."""
+    """Killed at step 9, resumed from a checkpoint of step 6; killed again, and resumed from one that was never told of:
+    its curve has every step once, of a rate that never changes, too."""
     watched(store, (1, 9))
     assert (losses(Read(store)), Read(store).training[0].info.status) == (list(range(1, 10)), "FAILED")
-    watched(store, (7, 12), (13, 20), then=step())
+    watched(store, (7, 12), (13, 20))
+    watched(store, (31, 40), then=step())
     read = Read(store)
     assert losses(read) == list(range(1, STEPS + 1))
+    rates = read.client.get_metric_history(read.training[0].info.run_id, "learning_rate")
+    assert [point.step for point in rates] == list(range(1, STEPS + 1))
     assert [run.info.status for run in read.training] == ["FINISHED"]
     before = read.picture()
     assert everything(store) == [] and Read(store).picture()["f" * 64] == before["f" * 64]

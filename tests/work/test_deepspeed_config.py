@@ -127,7 +127,8 @@ def test_what_changes_numbers_or_is_misspelt_in_a_section_is_refused_by_name(own
         (Layout(), {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "and the stage is 2"),
         (Layout(), {"zero_optimization": {"stage3_max_live_parameters": 9}}, "alone, and no stage is named"),
         (Layout(zero=3, workers=4), {"zero_optimization": {"zero_hpz_partition_size": 3}}, "3 does not divide .* 4"),
-        (Layout(), {"gradient_predivide_factor": 2.0}, "needs zero_optimization.reduce_scatter: false"),
+        (Layout(), {"gradient_predivide_factor": 2.0}, "factor needs zero_optimization.reduce_scatter: false"),
+        (Layout(), {"prescale_gradients": True}, "prescale_gradients needs zero_optimization.reduce_scatter: false"),
     ],
 )  # fmt: skip
 def test_fields_that_contradict_each_other_or_the_study_are_refused(

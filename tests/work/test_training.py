@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -439,7 +440,7 @@ def test_a_checkpoint_that_is_not_finished_or_cannot_be_read_is_passed_over_and_
     assert ledger["resumed"] == [3, 5] and same(model, reference[0])
     for path in complete(tmp_path / "kept"):
         spoil(path)
-    with pytest.raises(StageError, match="step-000007-of-1: no checkpoint to go on from"):
+    with pytest.raises(StageError, match="step-000005-of-1: no checkpoint to go on from"):
         toy.fit(tmp_path)
 
 
@@ -499,6 +500,37 @@ def test_a_disk_that_is_full_costs_the_checkpoint_and_not_the_training(
     assert not list((tmp_path / "kept").rglob("*.partial"))
 
 
+def test_a_disk_that_is_full_is_heard_of_in_the_writer_s_own_words(
+    reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    said: list[str] = []
+    run = replace(toy.context(tmp_path, Layout(checkpoint_s=1e-9)), log=said.append)
+    model = toy.model()
+    train(model, toy.data(), toy.batches(), toy.OPTIMIZATION, "full", run, tmp_path)
+    assert same(model, reference[0]) and any("no checkpoint of optimizer step" in line for line in said)
+
+
+def test_an_unreadable_checkpoint_is_set_aside_and_costs_no_later_one(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=3)
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=9)
+    spoil(complete(tmp_path / "kept")[-1])
+    with pytest.raises(Preempted):
+        toy.fit(tmp_path, stop=4)
+    assert [path.name for path in complete(tmp_path / "kept")] == ["step-000003-of-1", "step-000004-of-1"]
+
+
+def test_nothing_of_zero_3_is_left_in_the_process(tmp_path: Path) -> None:
+    before = torch.nn.functional.linear
+    toy.fit(tmp_path, Layout(zero=3))
+    assert torch.nn.functional.linear is before
+
+
 @pytest.mark.parametrize("case", toy.RESUMED)
 def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: Path, tmp_path: Path) -> None:
     settings = toy.RESUMED[case]
@@ -512,5 +544,6 @@ def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: P
         settings["then"],
         len(toy.batches(settings.get("batch", 8))),
     )
+    assert ledger["earlier_rank_s"] == pytest.approx(settings["begun"] * ledger["earlier_s"], abs=0.01) > 0
     toy.fit(tmp_path, Layout(), settings.get("trains", "full"), settings.get("batch", 8))
     np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)
