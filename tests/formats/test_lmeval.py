@@ -226,12 +226,16 @@ def test_a_null_in_training_rows_and_before_a_function_is_refused(tmp_path, sst2
     [
         ({"do_sample": True, "temperature": 0.7}, "generation_kwargs ask for do_sample: True, temperature: 0.7, and"),
         ({"temperature": 0.7}, "generation_kwargs ask for temperature: 0.7, and only greedy"),
-        ({"num_beams": 4}, "ask for num_beams: 4, and only greedy"),
+        ({"num_beams": 4, "length_penalty": 2.0}, "ask for num_beams: 4, and only greedy"),
+        ({"repetition_penalty": 1.1}, "ask for repetition_penalty: 1.1, and only greedy"),
+        ({"guidance_scale": 1.5}, "ask for guidance_scale: 1.5, and only greedy"),
         ({"max_gen_toks": 0}, "max_gen_toks is 0: give 1 or more"),
         ({"max_gen_toks": "many"}, "cannot be read"),
         ({}, 256),
         ({"max_new_tokens": 9}, 9),
         ({"do_sample": False, "temperature": 1.0, "max_gen_toks": 7}, 7),
+        ({"num_beams": 1, "length_penalty": 2.0, "early_stopping": True, "repetition_penalty": 1, "min_length": 0}, 256),
+        ({"bad_words_ids": None, "no_repeat_ngram_size": 0, "num_return_sequences": 1, "typical_p": 0.9}, 256),
     ],
 )
 def test_only_greedy_generation_passes(tmp_path, asked, found):
