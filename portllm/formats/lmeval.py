@@ -27,6 +27,15 @@ from portllm.formats.lmeval_build import Task, TaskSource, build, file_of, quiet
 from portllm.formats.lmeval_generation import new_tokens
 from portllm.formats.lmeval_index import cache_dir, definition_digest, expand, locate, merged_config
 from portllm.formats.lmeval_nulls import null_in_texts
+from portllm.formats.lmeval_reading import (
+    Reading,
+    build_example,
+    file_of_examples,
+    file_of_split,
+    most_shots,
+    of_example,
+    of_request,
+)
 
 __all__ = [
     "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "definition_digest", "doc_hash", "documents",
@@ -189,10 +198,11 @@ class _Unfit(ResolveError):
     """A document's answer is none of its choices."""
 
 
-def gold_choices(task: Task, doc: dict[str, Any]) -> list[int]:
+def gold_choices(task: Task, doc: dict[str, Any], read: Reading | None = None) -> list[int]:
     """Positions of a document's right choices. Raises _Unfit where the label is outside them."""
-    choices = task.doc_to_choice(doc)
-    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    read = read or of_request(task)
+    choices = read.choices(task, doc)
+    target = task.doc_to_text(doc, read.text) if task.multiple_input else task.doc_to_target(doc, read.target)
     labels = target if isinstance(target, list) else [target]
     found = [choices.index(x) if isinstance(x, str) and x in choices else x for x in labels]
     if not found or not all(isinstance(x, int) and 0 <= x < len(choices) for x in found):
@@ -200,27 +210,56 @@ def gold_choices(task: Task, doc: dict[str, Any]) -> list[int]:
     return found
 
 
+class _Rows(NamedTuple):
+    """Documents to look at."""
+
+    docs: list[dict[str, Any]]
+    file: str
+    read: Reading
+
+
 def check(source: TaskSource, training: bool = False) -> TaskFacts:
-    """What a plan must know of a task; every evaluated (and with `training` every training) document is looked at.
+    """What a plan must know of a task; every evaluated document is looked at, every one that few-shot examples are
+    drawn from, and with `training` every training document.
 
     Raises ResolveError naming task, file and column: a column the templates miss, a null that a prompt would show, a
-    label outside the choices, an empty split; and for generation that is not greedy. A task without training documents
-    has `training` 0.
+    label outside the choices, an empty split, more few-shot examples than documents to draw them from; and for
+    generation that is not greedy. A task without training documents has `training` 0.
     """
     task = build(source)
     evaluated, trained = documents(task), training_documents(task)
     if not evaluated:
         raise ResolveError(f"task `{source.name}`: {file_of(source, False)} holds no documents")
-    shots = bool(task.config.num_fewshot)
-    apart = task.config.training_split != (task.config.test_split or task.config.validation_split)
-    if shots and task.has_training_docs() and apart and not trained:
-        raise ResolveError(f"task `{source.name}`: {file_of(source, True)} holds no documents to draw few-shot "
-                           f"examples from")  # fmt: skip
     with quiet():
-        _check_rows(task, source, evaluated, False)
-        if training or (shots and trained):
-            _check_rows(task, source, trained, True)
+        for rows in _to_check(task, source, evaluated, trained if training else []):
+            _check_rows(task, source.name, rows)
         return _facts(task, source, evaluated, len(trained))
+
+
+def _to_check(task: Task, source: TaskSource, evaluated: list[Any], trained: list[Any]) -> Iterator[_Rows]:
+    asked, shown = of_request(task), of_example(task)
+    files = [file_of(source, False)]
+    yield _Rows(evaluated, files[0], asked)
+    if trained:
+        files.append(file_of_split(task, source, task.config.training_split))
+        yield _Rows(trained, files[1], asked)
+    if not task.config.num_fewshot:
+        return
+    file = file_of_examples(task, source)
+    _check_shots(task, source, file, evaluated)
+    alike = shown == asked._replace(description=None) and task.fewshot_cfg.process_docs is task.config.process_docs
+    if not (alike and file in files):
+        yield _Rows(task.sampler.df, file, shown)
+
+
+def _check_shots(task: Task, source: TaskSource, file: str, evaluated: list[Any]) -> None:
+    shots, held = task.config.num_fewshot, len(task.sampler.df)
+    if not held:
+        raise ResolveError(f"task `{source.name}`: {file} holds no documents to draw few-shot examples from: add "
+                           f"some, or give num_fewshot 0")  # fmt: skip
+    if shots > (most := most_shots(task, evaluated)):
+        raise ResolveError(f"task `{source.name}`: {shots} few-shot examples are asked for, and {file} holds {held} "
+                           f"documents to draw them from: num_fewshot can be {most} at most")  # fmt: skip
 
 
 def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], training: int) -> TaskFacts:
@@ -248,63 +287,71 @@ def _template(spec: Any) -> str:
     return inspect.getsource(spec) if callable(spec) else str(spec)
 
 
-def _target(task: Task) -> Any:
-    return task.config.doc_to_text if task.multiple_input else task.config.doc_to_target
-
-
-def _check_rows(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:
-    if found := null_in_texts(task, rows):
-        raise ResolveError(f"task `{source.name}`: {file_of(source, training)}, document {found[0]}: column "
-                           f"`{found[1]}` is null, and a prompt, target or choice is made of it: fill it, or leave the "
-                           f"row out")  # fmt: skip
-    _check_answers(task, source, rows, training)
-
-
-def _check_answers(task: Task, source: TaskSource, rows: list[dict[str, Any]], training: bool) -> None:
-    where = f"task `{source.name}`: {file_of(source, training)}, document"
+def _check_rows(task: Task, name: str, rows: _Rows) -> None:
+    if found := null_in_texts(task, rows.docs, rows.read):
+        raise ResolveError(f"task `{name}`: {rows.file}, document {found[0]}: column `{found[1]}` is null or NaN, and "
+                           f"a prompt, target or choice is made of it: fill it, or leave the row out")  # fmt: skip
     for i, doc in _to_look_at(task, rows):
+        where = f"task `{name}`: {rows.file}, document {i}"
         try:
-            _check_answer(task, doc)
+            _check_answer(task, doc, rows.read)
             if i == 0:  # templates read the same columns for all
-                _context(task, doc)
+                _make(task, doc, rows.read)
         except _Unfit as error:
-            raise ResolveError(f"{where} {i}: {_columns(task)} {error}") from None
+            raise ResolveError(f"{where}: {_columns(task, rows.read)} {error}") from None
         except Exception as error:
-            column = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
-            if column and column in map(str, doc.values()):  # a function looked a label up
-                held = next(k for k, v in doc.items() if str(v) == column)
-                found = f"column `{held}` holds {column!r}, which is none of the choices"
-                raise ResolveError(f"{where} {i}: {found}") from error
-            reason = f"there is no column `{column}`" if column else f"{type(error).__name__}: {error}"
-            raise ResolveError(f"{where} {i}: {reason}, and {_columns(task)} needs it") from error
+            raise ResolveError(f"{where}: {_why(task, doc, rows.read, error)}") from error
 
 
-def _to_look_at(task: Task, rows: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _make(task: Task, doc: dict[str, Any], read: Reading) -> None:
+    """The document's text, for the errors it raises."""
+    _context(task, doc) if read == of_request(task) else build_example(task, doc, read)
+
+
+def _why(task: Task, doc: dict[str, Any], read: Reading, error: Exception) -> str:
+    undefined = re.match(r"'([^']+)' is undefined", str(error))
+    column = str(error.args[0]) if isinstance(error, KeyError) and error.args else undefined[1] if undefined else ""
+    if not column:
+        return f"{type(error).__name__}: {error}, and {_columns(task, read)} needs it"
+    held = next((k for k, v in doc.items() if str(v) == column), None)
+    if held is not None:  # a function looked a label up
+        return f"column `{held}` holds {column!r}, which is none of the choices"
+    return f"there is no column `{column}`, which a template reads; there are {', '.join(map(str, doc))}"
+
+
+def _target(task: Task, read: Reading) -> Any:
+    return read.text if task.multiple_input else read.target
+
+
+def _to_look_at(task: Task, rows: _Rows) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every document; the first of each label where the label is a column and the choices are the same for all."""
-    spec = _target(task)
-    if not (isinstance(spec, str) and spec in task.features and isinstance(task.config.doc_to_choice, list)):
-        yield from enumerate(rows)
+    spec = _target(task, rows.read)
+    if not (isinstance(spec, str) and spec in task.features and isinstance(rows.read.choice, list)):
+        yield from enumerate(rows.docs)
         return
     first: dict[str, int] = {}
-    for i, doc in enumerate(rows):
-        first.setdefault(repr(doc[spec]), i)
-    yield from ((i, rows[i]) for i in first.values())
+    for i, doc in enumerate(rows.docs):
+        first.setdefault(repr(doc.get(spec)), i)
+    yield from ((i, rows.docs[i]) for i in first.values())
 
 
-def _check_answer(task: Task, doc: dict[str, Any]) -> None:
-    if task.OUTPUT_TYPE == "multiple_choice":
-        gold_choices(task, doc)
+def _check_answer(task: Task, doc: dict[str, Any], read: Reading) -> None:
+    own = read.target == task.config.doc_to_target
+    if own and task.OUTPUT_TYPE == "multiple_choice":
+        gold_choices(task, doc, read)
         return
-    target = task.doc_to_target(doc)
+    target = task.doc_to_target(doc, read.target)
     if target is None or target == []:
         raise _Unfit("holds no answer")
-    if task.config.doc_to_choice is not None and task.OUTPUT_TYPE == "generate_until":
-        gold_choices(task, doc)
+    if isinstance(target, str) and not own:
+        return  # an example may answer in words of its own
+    if read.choice is not None and task.OUTPUT_TYPE in ("multiple_choice", "generate_until"):
+        gold_choices(task, doc, read)
 
 
-def _columns(task: Task) -> str:
+def _columns(task: Task, read: Reading) -> str:
     """The columns the answer is read from, in words."""
-    spec = _target(task)
+    spec = _target(task, read)
     if not isinstance(spec, str):
         return f"the answer (function {spec.__name__})" if callable(spec) else "the answer"
     names = [spec] if spec in task.features else [c for c in task.features if re.search(rf"\b{re.escape(c)}\b", spec)]

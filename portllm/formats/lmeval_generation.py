@@ -10,7 +10,13 @@ from portllm.formats.lmeval_build import quiet
 
 _MAX_TOKENS = 256
 """HFLM's default for max_gen_toks."""
-_GREEDY = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
+PLAIN = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+         "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "suppress_tokens": [], "bad_words_ids": [],
+         "forced_eos_token_id": None}  # fmt: skip
+"""Settings that move a greedy choice, a task's or a generation_config.json's, and their values that do not; None does
+not, either."""
+_IDLE = {"until", "max_gen_toks", "top_p", "top_k", "min_p", "typical_p", "early_stopping", "length_penalty"}
+"""What ends a text, and what only sampling or several beams read."""
 
 
 def generation(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,11 +30,13 @@ def generation(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def not_greedy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that choose other tokens than the most likely ones, or end elsewhere."""
     read = generation(arguments)
-    return {
-        name: value
-        for name, value in read.items()
-        if name in arguments and (name not in _GREEDY or (name in ("do_sample", "temperature") and value))
-    }
+    return {name: value for name, value in read.items() if name in arguments and not _keeps(name, value)}
+
+
+def _keeps(name: str, value: Any) -> bool:
+    if name in ("do_sample", "temperature"):
+        return not value
+    return name in _IDLE or (name in PLAIN and value in (None, PLAIN[name]))
 
 
 def new_tokens(task: str, arguments: Mapping[str, Any]) -> int:

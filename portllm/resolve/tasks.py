@@ -34,7 +34,7 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
         return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{name}"))
     content = [
         "task",
-        2,
+        3,
         package_version("lm_eval"),
         source.name,
         config,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
-from portllm.formats.lmeval_generation import generation, not_greedy
+from portllm.formats.lmeval_generation import PLAIN, generation, not_greedy
 from portllm.work.drafts import LONGEST, Draft, length
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
@@ -30,9 +30,6 @@ ROWS = 8
 dozen rows as for fifty."""
 GAPS = 32
 """Columns of wrong guesses that are only masked: moving everything costs about what a pass does."""
-_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": 0,
-          "suppress_tokens": [], "bad_words_ids": [], "forced_eos_token_id": None}  # fmt: skip
-"""Settings of a generation_config.json that would move a greedy choice, and their values that do not."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def _stops(arguments: Mapping[str, Any], model: Any, tokenizer: Any) -> Stops:
         raise StageError(f"only greedy generation is supported; the task asks for {dict(arguments)}")
     kwargs = generation(arguments)
     config = model.generation_config
-    if odd := [name for name, plain in _PLAIN.items() if getattr(config, name, None) not in (None, plain)]:
+    if odd := [name for name, plain in PLAIN.items() if getattr(config, name, None) not in (None, plain)]:
         raise StageError(f"only greedy generation is supported; generation_config.json sets {', '.join(odd)}")
     ends = config.eos_token_id
     eos = tokenizer.decode(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else None

@@ -187,6 +187,22 @@ def test_malformed_data_name_task_file_and_column(tmp_path, validation, message)
         ({"hint": None}, {"doc_to_text": "{{word}} ({{hint}})"}, "hint"),
         ({"hint": None}, {"doc_to_text": "{{word}} {{hint.strip()}}"}, "hint"),
         ({"hint": None}, {"doc_to_text": "hint"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}}", "description": "{{hint}} "}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint|lower}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word ~ hint}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint|upper}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint|string|trim}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint|tojson}}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{{word}} {{hint}}{% if hint %}!{% endif %}"}, "hint"),
+        ({"hint": None}, {"doc_to_text": "{% if hint is none %}None given{% else %}{{hint}}{% endif %}"}, None),
+        ({"hint": None}, {"doc_to_text": "{% if not hint %}None given{% else %}{{hint}}{% endif %}"}, None),
+        ({"hint": None, "word": "null and None"}, {"doc_to_text": "{{word}}{% if hint %}{{hint}}{% endif %}"}, None),
+        ({"many": ["a", None]}, {"doc_to_text": "{{word}} {{many}}"}, "many"),
+        ({"many": ["a", None]}, {"doc_to_text": "{{word}} {{many|tojson}}"}, "many"),
+        ({"share": float("nan")}, {"doc_to_text": "{{word}} {{share}}"}, "share"),
+        ({"share": float("nan")}, {"doc_to_text": "{{word}} {{(100 * share)|round(1)}}%"}, "share"),
+        ({"share": float("nan")}, {"doc_to_text": "{{word}}{% if share > 0 %} {{share}}{% endif %}"}, None),
+        ({"share": float("nan"), "word": "nan"}, {"doc_to_text": "{{word}}"}, None),
         ({"hint": None}, {"doc_to_text": "{{word}}", "gen_prefix": "{{hint}}"}, "hint"),
         ({"other": None}, {"doc_to_text": "word", "doc_to_choice": "{{[right, other]}}"}, "other"),
         ({"right": None}, {"doc_to_text": "word", "doc_to_target": "right"}, "right"),
@@ -195,7 +211,7 @@ def test_malformed_data_name_task_file_and_column(tmp_path, validation, message)
     ],
 )
 def test_a_null_is_refused_where_a_prompt_target_or_choice_would_show_it(tmp_path, null, texts, column):
-    row = {"word": "w", "hint": "h", "right": "yes", "other": "no", "many": ["a", "b"]}
+    row = {"word": "w", "hint": "h", "right": "yes", "other": "no", "many": ["a", "b"], "share": 0.5}
     kind = "multiple_choice" if "doc_to_choice" in texts else "generate_until"
     settings = {"doc_to_target": "{{right}}"} | texts
     lines = [f"task: mine\ndataset_path: parquet\nvalidation_split: validation\noutput_type: {kind}"]
@@ -226,12 +242,16 @@ def test_a_null_in_training_rows_and_before_a_function_is_refused(tmp_path, sst2
     [
         ({"do_sample": True, "temperature": 0.7}, "generation_kwargs ask for do_sample: True, temperature: 0.7, and"),
         ({"temperature": 0.7}, "generation_kwargs ask for temperature: 0.7, and only greedy"),
-        ({"num_beams": 4}, "ask for num_beams: 4, and only greedy"),
+        ({"num_beams": 4, "length_penalty": 2.0}, "ask for num_beams: 4, and only greedy"),
+        ({"repetition_penalty": 1.1}, "ask for repetition_penalty: 1.1, and only greedy"),
+        ({"guidance_scale": 1.5}, "ask for guidance_scale: 1.5, and only greedy"),
         ({"max_gen_toks": 0}, "max_gen_toks is 0: give 1 or more"),
         ({"max_gen_toks": "many"}, "cannot be read"),
         ({}, 256),
         ({"max_new_tokens": 9}, 9),
         ({"do_sample": False, "temperature": 1.0, "max_gen_toks": 7}, 7),
+        ({"num_beams": 1, "length_penalty": 2.0, "early_stopping": True, "repetition_penalty": 1}, 256),
+        ({"bad_words_ids": None, "min_length": 0, "no_repeat_ngram_size": 0, "num_return_sequences": 1}, 256),
     ],
 )
 def test_only_greedy_generation_passes(tmp_path, asked, found):
@@ -246,6 +266,91 @@ def test_only_greedy_generation_passes(tmp_path, asked, found):
         return
     with pytest.raises(ResolveError, match=f"task `mine`: .*{found}"):
         lmeval.check(source)
+
+
+def shown(tmp_path: Path, examples: list[dict] | None, shots: int = 2, **settings) -> TaskSource:
+    """A task laid out as mmlu is: `test` evaluated, few-shot examples from `dev`, here dev.parquet."""
+    written = {"task": "mine", "dataset_path": "parquet", "output_type": "multiple_choice", "test_split": "test",
+               "fewshot_split": "dev", "doc_to_text": "{{sentence}} ?", "doc_to_target": "label",
+               "doc_to_choice": ["bad", "good"]} | settings  # fmt: skip
+    (tmp_path / "mine.yaml").write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in written.items() if v is not None))
+    where = data(tmp_path / "data", None, SENTENCES)
+    if examples is not None:
+        write_parquet(where / "dev.parquet", examples)
+    return TaskSource("mine", tmp_path, where, num_fewshot=shots)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([*SENTENCES, {"sentence": "c", "label": 7}], r"dev\.parquet, document 2: column `label` holds 7"),
+        ([*SENTENCES, {"sentence": None, "label": 0}], r"dev\.parquet, document 2: column `sentence` is null"),
+        (
+            [{"words": "c", "label": 0}] * 3,
+            r"dev\.parquet, document 0: there is no column `sentence`.*; there are words, label",
+        ),
+        ([{"sentence": "c", "class": 0}] * 3, r"dev\.parquet, document 0: there is no column `label`"),
+        (None, r"train\.parquet holds no documents to draw few-shot examples from"),
+        (SENTENCES[:1], r"2 few-shot examples are asked for, and .*dev\.parquet holds 1 documents.* can be 1 at most"),
+    ],
+)
+def test_rows_that_few_shot_examples_are_drawn_from_are_looked_at(tmp_path, examples, message):
+    with pytest.raises(ResolveError, match=f"`mine`: .*{message}"):
+        lmeval.check(shown(tmp_path, examples))
+    if examples is not None:
+        assert lmeval.check(shown(tmp_path, examples, shots=0)).num_fewshot == 0
+
+
+def test_good_few_shot_examples_pass_and_are_shown(tmp_path):
+    source = shown(tmp_path, SENTENCES)
+    assert lmeval.check(source).num_fewshot == 2
+    assert "it was good ? good" in lmeval.instances(lmeval.build(source))[0][0].args[0]
+
+
+def test_few_shot_examples_are_read_as_their_own_templates_read_them(tmp_path):
+    rows = [row | {"why": "so"} for row in SENTENCES]
+    own = {"doc_to_text": "{{sentence}}, {{why}}:", "doc_to_target": "{{why}} it is"}
+    assert lmeval.check(shown(tmp_path, rows, fewshot_config=own))
+    with pytest.raises(ResolveError, match=r"dev\.parquet, document 1: column `why` is null"):
+        lmeval.check(shown(tmp_path, [rows[0], rows[1] | {"why": None}], fewshot_config=own))
+    with pytest.raises(ResolveError, match=r"dev\.parquet, document 0: there is no column `why`"):
+        lmeval.check(shown(tmp_path, SENTENCES, fewshot_config=own))
+
+
+def test_a_list_of_few_shot_examples_is_looked_at(tmp_path):
+    listed = {"fewshot_split": None, "fewshot_config": {"sampler": "first_n", "samples": SENTENCES}}
+    assert lmeval.check(shown(tmp_path, None, **listed | {"test_split": "test"})).num_fewshot == 2
+    listed["fewshot_config"] = {"sampler": "first_n", "samples": [SENTENCES[0], {"sentence": "c", "label": 7}]}
+    with pytest.raises(ResolveError, match=r"its fewshot_config\.samples, document 1: column `label` holds 7"):
+        lmeval.check(shown(tmp_path, None, **listed))
+
+
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+@pytest.mark.parametrize("evaluated", ["test", "dev"])
+def test_the_most_few_shot_examples_are_as_many_as_lm_eval_can_draw(tmp_path, sampler, evaluated):
+    rows = [{"sentence": f"{n}", "label": n % 2} for n in range(4)]
+    split = {"fewshot_split": evaluated, "fewshot_config": {"sampler": sampler}}
+    most = 3 if evaluated == "test" else 4
+    for shots in (most, most + 1):
+        source = shown(tmp_path, rows, shots, **split)
+        write_parquet(source.data / "validation.parquet", rows)
+        if shots == most:
+            assert lmeval.check(source).num_fewshot == most
+            assert len(lmeval.instances(lmeval.build(source))) == 4
+            continue
+        with pytest.raises(ResolveError, match=rf"holds 4 documents .* num_fewshot can be {most} at most"):
+            lmeval.check(source)
+        with pytest.raises((ValueError, AssertionError)):
+            lmeval.instances(lmeval.build(source))
+
+
+def test_no_row_is_looked_at_twice(monkeypatch, sst2):
+    seen = []
+    monkeypatch.setattr(lmeval, "null_in_texts", lambda task, rows, read: seen.append(len(rows)))
+    data(sst2, SENTENCES * 3, SENTENCES)
+    for shots, training in ((0, False), (0, True), (2, False), (2, True)):
+        lmeval.check(TaskSource("sst2", data=sst2, num_fewshot=shots), training)
+    assert seen == [2, 2, 6, 2, 6, 2, 6]
 
 
 def test_training_rows_are_looked_at_too(tmp_path):

@@ -421,6 +421,15 @@ def test_only_greedy_generation_is_accepted(arguments):
         generate(tiny("llama"), Words(), request_set(prompts(1), **generation(**arguments)), budget=100)
 
 
+def test_settings_that_move_no_greedy_choice_change_no_text():
+    model, plain_ones = tiny("llama"), {"num_beams": 1, "repetition_penalty": 1.0, "min_length": 0, "length_penalty": 2}
+    found = [
+        generate(model, Words(), request_set(prompts(3), **generation(**given)), budget=100).texts
+        for given in ({}, plain_ones)
+    ]
+    assert found[0] == found[1] and any(found[0])
+
+
 def test_a_model_that_asks_for_a_repetition_penalty_is_refused():
     model = tiny("llama")
     model.generation_config.repetition_penalty = 1.3
