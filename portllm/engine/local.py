@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from portllm.engine.execute import Outcome, execute, job_for
 from portllm.engine.preemption import listen
+from portllm.engine.progress import one_line
 from portllm.engine.workers import new_context, prepare
 from portllm.errors import EngineError
 from portllm.store.store import Store
@@ -23,5 +26,7 @@ def run_step(step: Step, plan: Plan, store: Store) -> Outcome:
     context = new_context(store.paths.scratch, step.layout.threads, step.layout.gpus)
     job = job_for(step, plan, store)
     prepare(context, job)
+    if sys.stderr.isatty():
+        context.progress = one_line(step.label)
     listen()
     return execute(job, context)

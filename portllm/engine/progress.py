@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,16 @@ def far(label: str, line: Mapping[str, Any] | None) -> str:
     so_far = f"{line['done']}/{line['total']}"
     curve = [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:,.0f} tokens/s"] if "loss" in line else []
     return f"{label}  {' · '.join([so_far, *curve])}"
+
+
+def one_line(label: str) -> Callable[..., None]:
+    """A `RunContext.progress` for a single step on a terminal: one line, drawn over itself."""
+
+    def show(done: int, total: int, **values: float) -> None:
+        text = far(label, {"done": done, "total": total, **values})
+        print(f"\r\x1b[K{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _left(elapsed: float, done: int, remaining: int, longest: float) -> str:

@@ -17,7 +17,7 @@ import time
 import pytest
 
 from portllm.engine import watch
-from portllm.engine.progress import far
+from portllm.engine.progress import _left, far, one_line
 from portllm.engine.watch import Reporter, Watch
 from tests.toys import STUDY, write_world
 
@@ -89,6 +89,21 @@ def test_a_full_disk_does_not_stop_the_step(path, monkeypatch):
 )
 def test_the_line_says_how_far_a_step_is(line, text):
     assert far("evaluate sst2", line) == text
+
+
+def test_a_single_step_draws_one_line_over_itself(capsys):
+    show = one_line("finetune sst2")
+    show(1, 2, loss=0.7, tokens_per_s=10.0)
+    show(2, 2, loss=0.6, tokens_per_s=10.0)
+    assert capsys.readouterr().err == (
+        "\r\x1b[Kfinetune sst2  1/2 · loss 0.700 · 10 tokens/s\r\x1b[Kfinetune sst2  2/2 · loss 0.600 · 10 tokens/s\n"
+    )
+
+
+def test_the_time_left_is_at_least_that_of_the_longest_running_step():
+    assert _left(40.0, 2, 2, 0.0) == "about 40 s left"
+    assert _left(40.0, 2, 2, 900.0) == "about 15 min left"
+    assert _left(40.0, 0, 2, 0.0) == "time left unknown"
 
 
 @pytest.mark.real
