@@ -151,8 +151,6 @@ class Runner:
 
     def _begin(self, step: Step) -> None:
         self.schedule.start(step)
-        with contextlib.suppress(OSError):
-            self.store.paths.stop(step.key).unlink()
         self.watches[step.key] = Watch(self.store.paths.watch(step.key))
 
     def _wanted_size(self) -> Size | None:

@@ -61,6 +61,7 @@ def prepare(context: Any, job: Job) -> None:
     context.resume, stop = paths.work(step.key), paths.stop(step.key)
     context.stop = lambda: told() or stop.exists()
     if context.rank == 0:
+        stop.unlink(missing_ok=True)  # told to the attempt before this one
         context.progress = Reporter(paths.watch(step.key))
 
 

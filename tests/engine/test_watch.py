@@ -13,12 +13,16 @@ import sys
 import termios
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from portllm.engine import watch
 from portllm.engine.progress import _left, far, one_line
 from portllm.engine.watch import Reporter, Watch
+from portllm.engine.workers import prepare
+from portllm.store.layout import StoreLayout
+from portllm.study.resources import Layout
 from tests.toys import STUDY, write_world
 
 
@@ -178,3 +182,15 @@ def _status(store):
     query = "select status from runs join tags using (run_uuid) where key = 'stage' and value = 'finetune'"
     ((status,),) = _query(store, query)
     return status
+
+
+def test_what_an_earlier_attempt_was_told_does_not_stop_this_one(tmp_path):
+    step = SimpleNamespace(key="k", label="l", layout=Layout(), coordinates={})
+    context = SimpleNamespace(rank=0)
+    stop = StoreLayout(tmp_path).stop("k")
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    prepare(context, SimpleNamespace(step=step, store=tmp_path))
+    assert not context.stop()
+    stop.touch()
+    assert context.stop()
