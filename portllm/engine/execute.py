@@ -17,7 +17,7 @@ from portllm import __version__
 from portllm.engine.failures import Failure
 from portllm.engine.preemption import training
 from portllm.store.store import Store
-from portllm.study.steps import Plan, Step
+from portllm.study.steps import TRAININGS, Plan, Step
 from portllm.work.context import RunContext, Summary
 
 STAGES = {
@@ -31,10 +31,6 @@ STAGES = {
     "diagnose": "portllm.work.foresight",
 }
 """Module of each stage's function, which bears the stage's name; imported where it runs."""
-
-
-TRAININGS = frozenset({"base", "update", "finetune"})
-"""Stages that keep checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ LEFT_OUT = {
     "dropped_leaks": "training rows are evaluated documents and were left out",
     "dropped_long": "training rows are longer than the model reads and were left out",
     "truncated": "requests were cut to the model's window",
-    "halved": "batches ran out of memory and were scored in halves",
+    "halved": "times memory ran out, and less was done at once",
 }
 """Counts of a step's summary that a user should see at once."""
 EVERY = 60.0

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from portllm.engine.cluster import nodes
-from portllm.engine.execute import TRAININGS, Outcome, job_for
+from portllm.engine.execute import Outcome, job_for
 from portllm.engine.failures import DIED, PREEMPTED, Decision, Failure, decide
 from portllm.engine.gang import run_gang
 from portllm.engine.pool import Budget, Size
@@ -26,7 +26,7 @@ from portllm.engine.watch import Line, Watch
 from portllm.engine.workers import start_worker
 from portllm.errors import EngineError
 from portllm.store.store import Store
-from portllm.study.steps import Plan, Step
+from portllm.study.steps import TRAININGS, Plan, Step
 
 
 @dataclass

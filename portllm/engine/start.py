@@ -17,13 +17,12 @@ from portllm.errors import EngineError
 from portllm.store.results import rows, training
 from portllm.store.store import Store
 from portllm.study.spec import Study
-from portllm.study.steps import Cell, Plan, Step
+from portllm.study.steps import TRAININGS, Cell, Plan, Step
 
 if TYPE_CHECKING:
     from portllm.engine.watch import Line
     from portllm.track.mlflow_mirror import Mirror
 
-_TRAININGS = ("base", "update", "finetune")
 GRACE_S = 25.0
 """Seconds that trainings get to keep their state after SIGTERM: Kubernetes kills after 30."""
 CURVE_S = 5.0
@@ -115,7 +114,7 @@ def _listen() -> Callable[[], bool]:
 
 def _require_compiler(store: Store, plan: Plan) -> None:
     """DeepSpeed compiles its CPU op at the first use, unless it was built in (as `make env` does)."""
-    missing = any(s.stage in _TRAININGS and not store.has(s.stage, s.key) for s in plan.steps.values())
+    missing = any(s.stage in TRAININGS and not store.has(s.stage, s.key) for s in plan.steps.values())
     if missing and not any(map(shutil.which, ("c++", "g++", "clang++"))) and not _op_is_built_in():
         raise EngineError(
             "no C++ compiler (g++ or clang++), which DeepSpeed needs at its first use: install one, for example "
@@ -157,7 +156,7 @@ def _publisher(mirror: Mirror | None, plan: Plan, store: Store) -> Callable[[Ste
         cells[cell.key].append(cell)
 
     def published(step: Step) -> None:
-        if mirror is not None and step.stage in _TRAININGS:
+        if mirror is not None and step.stage in TRAININGS:
             mirror.training(training(step, store))
         elif mirror is not None and step.stage == "evaluate":
             mirror.cell(rows(cells[step.key], store))
@@ -173,7 +172,7 @@ def _watcher(mirror: Mirror | None) -> Callable[[Step, list[Line]], None]:
     handed: dict[str, float] = {}
 
     def watched(step: Step, lines: list[Line]) -> None:
-        if mirror is None or step.stage not in _TRAININGS:
+        if mirror is None or step.stage not in TRAININGS:
             return
         waiting[step.key] += lines
         now = time.monotonic()

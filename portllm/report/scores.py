@@ -55,7 +55,7 @@ def score_notes(found: Iterable[Scored]) -> Iterator[str]:
         if cut := scored.summary.get("truncated"):
             yield f"note: {cell}: {cut} prompts were cut from the left to fit the model's window"
         if halved := scored.summary.get("halved"):
-            yield f"note: {cell}: {halved} batches did not fit into memory and were scored in halves"
+            yield f"note: {cell}: memory ran out {halved} times, and less was done at once"
 
 
 def item_table(found: Iterable[Scored], file: Path) -> None:

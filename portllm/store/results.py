@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from portllm.store.store import Store
-from portllm.study.steps import Cell, Diagnosis, Plan
+from portllm.study.steps import TRAININGS, Cell, Diagnosis, Plan
 
 if TYPE_CHECKING:
     import pyarrow
@@ -110,8 +110,8 @@ def items(store: Store, key: str) -> "pyarrow.Table":
 
 def trainings(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """Published trainings of a plan: stage, key, label, coordinates, wall_s, summary, curve, devices, recipe."""
-    done = store.published(["base", "update", "finetune"])
-    steps = [s for s in plan.steps.values() if s.key in done and s.stage in ("base", "update", "finetune")]
+    done = store.published(sorted(TRAININGS))
+    steps = [s for s in plan.steps.values() if s.key in done and s.stage in TRAININGS]
     return [training(step, store) for step in steps]
 
 

@@ -8,6 +8,9 @@ from portllm.study.facts import Given, ModelFacts
 from portllm.study.keys import payload
 from portllm.study.resources import Layout
 
+TRAININGS = frozenset({"base", "update", "finetune"})
+"""Stages that train: they have a curve, a ledger and checkpoints."""
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -85,7 +85,7 @@ class Checkpoints:
 
     def restore(self, engine: Any) -> dict[str, Any] | None:
         """Puts the newest complete checkpoint into a fresh engine; returns what was said of it. Collective."""
-        newest = self._agreed(self._newest())
+        newest = self._agreed(self._newest() if self.run.rank == 0 else None)
         if newest is None:
             return None
         tensors, about = _open(self.directory / newest)
@@ -110,9 +110,8 @@ class Checkpoints:
 
     def _set_aside(self, unreadable: list[Path]) -> None:
         """Out of the way: they count as the newest, and the newest are kept."""
-        if self.run.rank == 0:
-            for path in unreadable:
-                path.rename(path.with_name(f"unreadable-{path.name}"))
+        for path in unreadable:
+            path.rename(path.with_name(f"unreadable-{path.name}"))
 
     def _agreed(self, name: str | None) -> str | None:
         """Rank 0's choice: another rank may see the directory earlier or later."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from portllm.errors import StageError
 from portllm.formats import lmeval
 from portllm.study.recipes import Evaluate, Requests
-from portllm.work.context import RunContext, Summary
+from portllm.work.context import Progress, RunContext, Summary
 from portllm.work.generating import generate
 from portllm.work.requests import RequestSet, open_requests, source
 from portllm.work.scoring import loglikelihoods
@@ -76,9 +76,7 @@ def evaluate(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, run: RunCo
     return {**results, **noted, "score_s": score_s, "items_per_s": speed}
 
 
-def respond(
-    resident: Any, requests: RequestSet, budget: int, progress: Callable[[int, int], None]
-) -> tuple[list[Any], dict[str, int]]:
+def respond(resident: Any, requests: RequestSet, budget: int, progress: Progress) -> tuple[list[Any], dict[str, int]]:
     """lm-eval's response to each request, (log-likelihood, is greedy), log-likelihood or text; and what was noted.
 
     Noted are requests that were truncated, and batches that were halved for want of memory. `progress` hears how many

@@ -8,7 +8,7 @@ Shape suffixes: B rows of a batch, S tokens of a pass, L tokens seen so far, R t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from portllm.errors import StageError
 from portllm.formats.lmeval_generation import PLAIN, generation, not_greedy
+from portllm.work.context import Progress, unheard
 from portllm.work.drafts import LONGEST, Draft, length
 from portllm.work.halving import in_halves
 from portllm.work.head import Head, body
@@ -61,7 +62,7 @@ def generate(
     tokenizer: Any,
     requests: RequestSet,
     budget: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Texts:
     """Continues the prompt of each request; a batch holds at most ROWS · `budget` tokens, texts and padding included.
 

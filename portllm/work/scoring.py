@@ -13,7 +13,7 @@ Shape suffixes: B rows of a batch, S its longest input, D hidden size, P read po
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from portllm.errors import StageError
+from portllm.work.context import Progress, unheard
 from portllm.work.halving import fits, in_halves
 from portllm.work.head import POSITIONS, Head, body
 from portllm.work.kv_cache import attention_window, keeps_all
@@ -70,9 +71,7 @@ class Family:
     """What each goes on with; positions of its reads count from there."""
 
 
-def loglikelihoods(
-    model: Any, requests: RequestSet, budget: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Scores:
+def loglikelihoods(model: Any, requests: RequestSet, budget: int, progress: Progress = unheard) -> Scores:
     """Scores every request; a forward pass has at most `budget` tokens, padding included.
 
     `progress` hears after each batch how many requests are done, of how many. Raises StageError for an architecture

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from portllm.engine.failures import Decision, Failure, decide
@@ -24,172 +22,14 @@ from portllm.errors import Preempted, StageError
 from portllm.study.recipes import Optimization
 from portllm.study.resources import Layout
 from portllm.study.steps import Step
-from portllm.work import checkpoints, head, training
+from portllm.work import checkpoints, training
 from portllm.work import loss as losses_of
-from portllm.work.batches import PAD_MULTIPLE, collate, finetune_batches, micro_batches, packed, padded, update_batches
 from portllm.work.checkpoints import complete
 from portllm.work.loss import SummedLoss
 from portllm.work.training import learning_rate, train
 from tests.work import toy_training as toy
 
 pytestmark = pytest.mark.real
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
-def test_finetuning_batches_hold_like_lengths_and_every_example_once_an_epoch() -> None:
-    lengths = np.random.default_rng(0).integers(5, 200, 1600)
-    batches = finetune_batches(lengths, 16, steps=200, seed=7)
-    assert batches == finetune_batches(lengths, 16, steps=200, seed=7) != finetune_batches(lengths, 16, 200, seed=8)
-    assert np.bincount(np.concatenate(batches)).tolist() == [2] * 1600
-    spread = [np.ptp(lengths[batch]) for batch in batches]
-    assert np.mean(spread) < 20 < np.mean([np.ptp(lengths[i : i + 16]) for i in range(0, 1600, 16)])
-    first = [lengths[batch].mean() for batch in batches[:50]]
-    assert first != sorted(first)
-
-
-def test_update_batches_hold_every_sequence_once() -> None:
-    batches = update_batches(21, 4, seed=1)
-    assert [len(b) for b in batches] == [4] * 5 + [1]
-    assert sorted(i for b in batches for i in b) == list(range(21))
-
-
-def test_ranks_share_a_batch_without_overlap_in_equally_many_passes_within_the_budget() -> None:
-    data = toy.data()
-    shares = micro_batches(data, list(range(13)), world=2, budget=64)
-    assert [sorted(chain(*share)) for share in shares] == [list(range(0, 13, 2)), list(range(1, 13, 2))]
-    assert len(shares[0]) == len(shares[1]) > 1
-    for micro in chain(*shares):
-        lengths = data.lengths[micro].tolist()
-        assert lengths == sorted(lengths, reverse=True)
-        assert len(micro) * padded(max(lengths, default=0), 64) <= 64 or len(micro) == 1
-    assert micro_batches(data, [9], world=2, budget=1) == [[[9]], [[]]]
-
-
-def test_arrays_hold_the_targets_of_the_answer_only_and_few_shapes() -> None:
-    data = toy.data()
-    arrays = collate(data, [3, 5])
-    assert arrays.ids_BT.shape[1] % PAD_MULTIPLE == 0
-    assert len(arrays.rows_N) == len(arrays.targets_N) == data.targets[[3, 5]].sum()
-    assert (arrays.ids_BT.reshape(-1)[arrays.rows_N + 1] == arrays.targets_N).all()
-
-
-def test_packed_sequences_take_a_slice_and_name_its_documents(tmp_path: Path) -> None:
-    np.save(tmp_path / "tokens.npy", np.arange(100, dtype=np.uint32))
-    np.save(tmp_path / "offsets.npy", np.array([0, 30, 45, 100]))
-    np.save(tmp_path / "rows.npy", np.array([7, 8, 9]))
-    data = packed(tmp_path, start=20, tokens=50, length=16)
-    assert len(data) == 3
-    assert collate(data, [0]).ids_BT.tolist() == [list(range(20, 36))]
-    assert [data.documents_of([i]) for i in range(3)] == [[7, 8], [8, 9], [9]]
-    with pytest.raises(StageError, match="has 100 tokens"):
-        packed(tmp_path, start=60, tokens=50, length=16)
-
-
-def test_schedules_warm_up_and_end_as_named() -> None:
-    rates = [learning_rate(s, 100, replace(toy.OPTIMIZATION, warmup=0.1)) for s in range(100)]
-    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
-    assert max(rates) == rates[9] == rates[10] == 1e-2
-    assert rates[55] == pytest.approx(5e-3)
-    assert learning_rate(55, 100, replace(toy.OPTIMIZATION, warmup=0.1, schedule="linear")) == pytest.approx(5e-3)
-    assert learning_rate(99, 100, replace(toy.OPTIMIZATION, warmup=0.0, schedule="constant")) == 1e-2
-
-
-# ----------------------------------------------------------------------------------------------------------------- loss
-
-
-@pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_loss_in_blocks_has_cross_entropy_s_value_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, cap: float | None, bias: bool
-) -> None:
-    model = toy.model()
-    if bias:
-        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, len(model.lm_head.weight)))
-    arrays = collate(toy.data(), list(range(12)))
-    ids, rows, targets = [torch.from_numpy(a) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N)]
-
-    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
-        model.zero_grad()
-        (3 * value).backward()
-        return [p.grad.clone() for p in model.parameters()]
-
-    loss = SummedLoss(model)
-    loss.head._cap = cap
-    logits = model.lm_head(model.model(input_ids=ids).last_hidden_state.flatten(0, 1)[rows])
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    whole = cross_entropy(logits, targets, reduction="sum")
-    words = len(model.lm_head.weight)
-    for module, name, size in ((head, "LOGITS", 5 * words), (head, "CACHED", 2 * words), (losses_of, "BLOCK_ROWS", 7)):
-        monkeypatch.setattr(module, name, size)
-    blocks = loss(ids, None, rows, targets, 1)
-    assert blocks.item() == pytest.approx(whole.item(), rel=1e-6)
-    torch.testing.assert_close(gradients(blocks), gradients(whole), rtol=1e-4, atol=1e-5)
-    assert loss(ids, None, rows[:0], targets[:0], 1).item() == 0
-
-
-def test_a_head_that_must_be_called_has_the_same_loss_in_any_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under ZeRO-3, where a weight is whole only while its module runs."""
-    model = toy.model()
-    loss = SummedLoss(model)
-    loss.head._cap = 2.0
-    arrays = collate(toy.data(), list(range(12)))
-    ids, rows, targets = [torch.from_numpy(a) for a in (arrays.ids_BT, arrays.rows_N, arrays.targets_N)]
-    expected = loss(ids, None, rows, targets, 1).item()
-    model.lm_head.weight.ds_id = 0
-    assert loss.head.parameters is None
-    found = []
-    for blocks in (1, 5):
-        model.zero_grad()
-        value = loss(ids, None, rows, targets, blocks)
-        value.backward()
-        assert value.item() == pytest.approx(expected, rel=1e-6)
-        found.append(model.model.embed_tokens.weight.grad.clone())
-    torch.testing.assert_close(*found)
-    monkeypatch.setattr(losses_of, "BLOCK_LOGITS", 1200)
-    assert losses_of.head_blocks(model, 25) == 3
-
-
-@pytest.mark.parametrize("cap", [None, 8.0])
-def test_slopes_in_bfloat16_are_those_of_autograd_within_their_rounding(cap: float | None) -> None:
-    """Logits up to 10 are off by half a spacing of 2⁻⁴, so a probability by 3 %; a slope itself has 8 bits."""
-    model = toy.model(dtype=torch.bfloat16)
-    torch.manual_seed(1)
-    hidden_PD, targets_P = torch.randn(50, 32, dtype=torch.bfloat16), torch.randint(0, 120, (50,))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # of 0.02: logits of a few units, as a trained model has them
-    logits_PV = (hidden_PD.float() @ model.lm_head.weight.float().T).detach().requires_grad_()
-    capped_PV = logits_PV if cap is None else cap * torch.tanh(logits_PV / cap)
-    loss = cross_entropy(capped_PV, targets_P, reduction="sum")
-    loss.backward()
-    made = head.Head(model)
-    made._cap = cap
-    with torch.no_grad():
-        ((here, log_P, slope_PV),) = made.slopes(hidden_PD, targets_P)
-    assert (here, slope_PV.dtype, log_P.dtype) == (slice(0, 50), torch.bfloat16, torch.float32)
-    assert 4 < logits_PV.abs().max() < 16
-    assert float(-log_P.sum()) == pytest.approx(loss.item(), rel=2e-3)
-    torch.testing.assert_close(slope_PV.float(), logits_PV.grad, rtol=0.05, atol=1e-3)
-
-
-def test_a_second_backward_pass_through_one_loss_is_an_error() -> None:
-    """Its gradients were scaled in place and given away: they would be added to what they were."""
-    loss = SummedLoss(toy.model())
-    arrays = collate(toy.data(), [3, 5])
-    value = loss(torch.from_numpy(arrays.ids_BT), None, *map(torch.from_numpy, (arrays.rows_N, arrays.targets_N)), 1)
-    (2 * value).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="given away"):
-        value.backward()
-
-
-def test_an_architecture_that_scales_its_logits_is_refused() -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    config = GraniteConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                           num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0)  # fmt: skip
-    with pytest.raises(StageError, match="GraniteForCausalLM changes its logits"):
-        SummedLoss(GraniteForCausalLM(config))
 
 
 # ----------------------------------------------------------------------------------------------------------------- loop
