@@ -17,7 +17,7 @@ class Cost:
     """Of one step, or of many."""
 
     device_s: float = 0.0
-    """Device seconds: wall times workers."""
+    """Device seconds: wall times devices (`Layout.devices`)."""
     memory: int = 0
     """Bytes of one worker."""
     disk: int = 0
