@@ -33,6 +33,8 @@ class Point:
     name: str
     value: float
     step: int | None = None
+    after_s: float = 0.0
+    """Seconds from the run's start."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _scored(name: str, row: Mapping[str, Any]) -> list[Point]:
 
 def _curve(curve: Iterable[Mapping[str, Any]]) -> list[Point]:
     return [
-        Point(name, float(point[name]), int(point["step"]))
+        Point(name, float(point[name]), int(point["step"]), float(point.get("elapsed_s") or 0.0))
         for point in curve
         for name in CURVE
         if _is_number(point.get(name))

@@ -263,7 +263,9 @@ class _Writer:
     ) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(p.name, p.value, known.start_ms, self._step(known, p)) for p in points]
+        metrics = [
+            Metric(p.name, p.value, known.start_ms + round(1000 * p.after_s), self._step(known, p)) for p in points
+        ]
         batches = zip_longest(
             _chunks(metrics, METRICS_PER_REQUEST),
             _chunks(params, PARAMS_PER_REQUEST),

@@ -24,7 +24,7 @@ Summary = dict[str, Any]
 class Progress(Protocol):
     """`done` of `total` optimizer steps of a training, or requests of an evaluation.
 
-    A training's `values` are the point of its curve: `loss`, `learning_rate`, `grad_norm`, `tokens_per_s`.
+    A training's `values` are the point of its curve: `loss`, `learning_rate`, `grad_norm`, `tokens_per_s`, `elapsed_s`.
     """
 
     def __call__(self, done: int, total: int, **values: float) -> None: ...

@@ -15,6 +15,8 @@ class Point:
     """Before clipping."""
     tokens: int
     seconds: float
+    elapsed_s: float
+    """Of training until the step was done, over all attempts."""
 
     def values(self) -> dict[str, float]:
         rate = self.tokens / max(self.seconds, 1e-9)
@@ -23,4 +25,5 @@ class Point:
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "tokens_per_s": round(rate, 1),
+            "elapsed_s": round(self.elapsed_s, 3),
         }

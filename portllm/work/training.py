@@ -238,7 +238,9 @@ class Loop:
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         self.require_finite(norm, number, batch)
         tokens = int(self.data.lengths[batch].sum())
-        point = Point(number, loss, rate, norm, tokens, self.run.clock() - began)
+        seconds = self.run.clock() - began
+        elapsed_s = seconds + (self.points[-1].elapsed_s if self.points else 0.0)
+        point = Point(number, loss, rate, norm, tokens, seconds, elapsed_s)
         self.points.append(point)
         self.run.progress(number, self.steps, **point.values())
         if number % max(1, self.steps // 10) == 0:

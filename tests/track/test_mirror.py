@@ -38,7 +38,10 @@ STEPS = 700
 
 
 def step(**other: Any) -> dict[str, Any]:
-    curve = [{"step": i, "loss": 3 - i / 500, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, STEPS + 1)]
+    curve = [
+        {"step": i, "loss": 3 - i / 500, "learning_rate": 1e-3, "grad_norm": 1.0, "elapsed_s": i / 100}
+        for i in range(1, STEPS + 1)
+    ]
     plain = {
         "stage": "finetune", "key": "f" * 64, "label": "finetune:sst2/s1", "wall_s": 12.0, "devices": 1,
         "coordinates": {"model": "tiny", "lineage": "lora", "t": 1, "task": "sst2", "rank": 8, "seed": 1},
@@ -111,6 +114,7 @@ def test_a_training_has_its_whole_curve_params_and_ledger(store: Path) -> None:
     losses = read.client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in losses] == list(range(1, STEPS + 1))
     assert losses[-1].value == pytest.approx(3 - STEPS / 500)
+    assert [point.timestamp - run.info.start_time for point in losses] == [10 * i for i in range(1, STEPS + 1)]
     assert run.data.metrics["summary/trainable_parameters"] == 1000
     assert run.data.params["lora.rank"] == "8"
     assert len(run.data.params) == 151

@@ -148,7 +148,7 @@ def test_the_ledger_is_read_from_the_engine(reference: Any) -> None:
     assert ledger["deepspeed"]
     points = [json.loads(line) for line in (out / "curve.jsonl").open()]
     assert [p["step"] for p in points] == list(range(1, 21))
-    assert set(points[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_s"}
+    assert set(points[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_s", "elapsed_s"}
     seen = json.loads((out / "documents.rank0.json").read_text())
     assert seen == [[100 + i for i in batch] for batch in toy.batches()]
 
