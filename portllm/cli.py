@@ -1,11 +1,13 @@
 """The command line: each command imports what it needs, and nothing else.
 
-Exit codes: 0 done; 1 something failed while running; 2 the request is wrong and nothing was spent; 130 interrupted.
+Exit codes: 0 done; 1 something failed while running; 2 the request is wrong and nothing was spent; 130
+interrupted; 141 nobody reads what is printed; 143 told to end.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,8 +50,10 @@ StepName = Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of th
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # scratch directories are cleared
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        sys.stdout.flush()
     except (SpecError, ResolveError) as error:
         _end(error, 2)
     except PortllmError as error:
@@ -57,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = _unread()
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code = _unread()  # typer has made an exit of it
     except OSError as error:
         _end(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
@@ -71,6 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unread() -> int:
+    """The exit code where nobody reads what is printed; what is still to be printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
 
 
 def _end(error: object, code: int) -> None:

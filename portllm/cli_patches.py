@@ -230,33 +230,31 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score patches on tasks, the model loaded once: lm-eval's numbers, item by item. No study, no store."""
-    from portllm.report.scores import item_table, score_notes, score_rows, score_text
+    from portllm.report.scores import score_notes, score_rows, score_text, write_items
     from portllm.work.cells import Asked, score
     from portllm.work.hub import model_directory
+    from portllm.work.publishing import replacing
 
     names = [name for name in (part.strip() for part in tasks.split(",")) if name]
     if not names:
         raise SpecError("--tasks: names no task")
-    if items is not None and not items.parent.is_dir():
-        raise SpecError(f"--items {items}: there is no directory {items.parent}")
-    if items is not None and items.is_dir():
-        raise SpecError(f"--items {items}: a directory; name the file to write")
     asked = Asked(names, data_root, include_path, num_fewshot, limit, mode, dtype, _device())
     found, failure = [], None
-    with _cells_shown() as told:
-        try:
-            for scored in score(model_directory(model), patch or [], asked, told):
-                found.append(scored)
-        except (StageError, KeyboardInterrupt) as error:
-            if not found:
-                raise
-            failure = error  # what was scored before it is not lost
-    for line in score_notes(found):
-        print(line, file=sys.stderr)
-    rows = score_rows(model, mode, dtype, found)
-    if items is not None:
-        item_table(found, items)
-    print_json(rows) if json else print(score_text(rows))
+    with replacing(items) if items else contextlib.nullcontext() as table:
+        with _cells_shown() as told:
+            try:
+                for scored in score(model_directory(model), patch or [], asked, told):
+                    found.append(scored)
+            except (StageError, KeyboardInterrupt) as error:
+                if not found:
+                    raise
+                failure = error  # what was scored is not lost
+        for line in score_notes(found):
+            print(line, file=sys.stderr)
+        rows = score_rows(model, mode, dtype, found)
+        print_json(rows) if json else print(score_text(rows))
+        if items and table:
+            write_items(found, table, items)
     if failure is not None:
         raise failure
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from portllm.errors import StageError
 from portllm.work.generating import generate
 from portllm.work.requests import RequestSet
 from portllm.work.scoring import Scores, loglikelihoods
@@ -27,15 +29,15 @@ Rows = Sequence[tuple[Sequence[int], int]]
 
 
 class ScorerLM(LM):
-    """A loaded causal model and its tokenizer."""
+    """A loaded causal model, or a PEFT model around one, and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, score_tokens: int = 2048, add_bos: bool | None = None) -> None:
-        """`score_tokens`: token budget of a scoring batch; one that generates fills eight.
+        """`score_tokens`: token budget of a scoring batch; one that generates fills sixteen.
 
         `add_bos`: None leaves it to the tokenizer, as HFLM does.
         """
         super().__init__()
-        self.model = model.eval()
+        self.model = _causal(model).eval()
         self.tokenizer = tokenizer
         self.score_tokens = score_tokens
         self.encoder = Encoder(tokenizer, add_bos)
@@ -45,6 +47,9 @@ class ScorerLM(LM):
         alike: dict[tuple[str | None, int | None], int] = {}
         documents = [alike.setdefault((request.task_name, request.doc_id), len(alike)) for request in requests]
         rows = self.encoder.pairs([request.args[:2] for request in requests])
+        for request, (ids, first) in zip(requests, rows, strict=True):
+            if not 0 < first < len(ids):
+                raise StageError(f"the continuation {request.args[1]!r} has no token of its own after its context")
         scores = self._score(rows, documents, "loglikelihood")
         return list(zip(scores.loglikelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
@@ -78,14 +83,19 @@ class ScorerLM(LM):
         return str(self.tokenizer.chat_template or "") if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        """The conversation as text; without its system messages where the template takes none, as HFLM does."""
+        from jinja2 import TemplateError
+
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        try:
+            return str(render(chat_history))
+        except TemplateError:
+            return str(render([message for message in chat_history if message["role"] != "system"]))
 
     def _score(self, rows: Rows, documents: Sequence[int], kind: str) -> Scores:
         return loglikelihoods(self.model, self._requests(rows, documents, kind), self.score_tokens)
@@ -110,3 +120,12 @@ class ScorerLM(LM):
                 "model_max_length": window(None, self.tokenizer),
             },
         )
+
+
+def _causal(model: Any) -> Any:
+    """The causal model that a PEFT model wraps, its adapters inside. StageError for those that change the prompt."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise StageError("an adapter that puts tokens before the prompt cannot be scored: give the model without it")
+    return model.get_base_model()

@@ -10,4 +10,4 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def print_json(value: Any) -> None:
     import json
 
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(value, indent=1, default=str), flush=True)

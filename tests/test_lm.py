@@ -9,10 +9,12 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from portllm.errors import StageError
 from portllm.lm import ScorerLM
-from tests.toys import WORDS, write_model, write_tasks
+from tests.toys import WORDS, write_model, write_patch, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,36 @@ def test_simple_evaluate_takes_it_as_it_is(world: Path, both: tuple[ScorerLM, HF
     assert {name: ours[name] for name in ours if name.startswith("acc")} == {
         name: theirs[name] for name in theirs if name.startswith("acc")
     }
+
+
+def test_a_peft_model_is_scored_with_its_adapter(world: Path, tmp_path: Path, both: tuple[ScorerLM, HFLM]) -> None:
+    patch = write_patch(tmp_path / "patch", world / "model")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "model"), str(patch))
+    theirs = HFLM(pretrained=str(world / "model"), peft=str(patch), device="cpu", dtype="float32")
+    pairs = asked("loglikelihood", ("it was good", " film"), ("a", " very nice film"))
+    ours = [score for score, _ in ScorerLM(adapted, both[0].tokenizer).loglikelihood(pairs)]
+    np.testing.assert_allclose(ours, [score for score, _ in theirs.loglikelihood(pairs)], atol=1e-4)
+    assert abs(ours[0] - both[0].loglikelihood(pairs)[0][0]) > 1e-3
+
+
+def test_an_adapter_of_prompts_is_refused(world: Path, both: tuple[ScorerLM, HFLM]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    adapted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(StageError, match="puts tokens before the prompt"):
+        ScorerLM(adapted, both[0].tokenizer)
+
+
+def test_a_continuation_without_a_token_is_refused(both: tuple[ScorerLM, HFLM]) -> None:
+    with pytest.raises(StageError, match="the continuation '' has no token of its own"):
+        both[0].loglikelihood(asked("loglikelihood", ("it was", " good"), ("it was", "")))
+
+
+def test_a_template_without_a_system_role_gets_none(world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
+    lm = ScorerLM(AutoModelForCausalLM.from_pretrained(world / "model"), tokenizer)
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    assert lm.apply_chat_template(talk) == lm.apply_chat_template(talk[1:]) == "user: hello\n"

@@ -18,12 +18,12 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portllm.errors import ResolveError
-from portllm.formats.lmeval_build import Task, TaskSource, build, file_of, quiet
+from portllm.formats.lmeval_build import Task, TaskSource, build, data_directory, file_of, quiet
 from portllm.formats.lmeval_generation import new_tokens
 from portllm.formats.lmeval_index import cache_dir, definition_digest, expand, locate, merged_config
 from portllm.formats.lmeval_nulls import null_in_texts
@@ -38,9 +38,9 @@ from portllm.formats.lmeval_reading import (
 )
 
 __all__ = [
-    "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "definition_digest", "doc_hash", "documents",
-    "expand", "fold", "folded_prompts", "instances", "locate", "merged_config", "primary", "prompt_hash", "prompts",
-    "training_documents", "training_pairs",
+    "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "data_directory", "definition_digest",
+    "doc_hash", "documents", "expand", "fold", "folded_prompts", "instances", "kind", "locate", "merged_config",
+    "primary", "prompt_hash", "prompts", "training_documents", "training_pairs",
 ]  # fmt: skip
 
 
@@ -135,6 +135,18 @@ def _requests(task: Task, doc: dict[str, Any], doc_id: int, context: str | list[
     return requests if isinstance(requests, list) else [requests]
 
 
+def kind(name: str, requests: Sequence[Any]) -> str:
+    """What the requests of a task ask for: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
+
+    The requests tell: a task that is a Python class makes them itself, whatever its output type says.
+    """
+    kinds = sorted({request.request_type for request in requests})
+    if len(kinds) > 1:
+        raise ResolveError(f"task `{name}` asks for {' and '.join(kinds)} at once: only tasks that ask for one of them "
+                           f"are supported")  # fmt: skip
+    return str(kinds[0])
+
+
 def prompts(task: Task, doc: dict[str, Any]) -> tuple[str, ...]:
     """What identifies a document without its label or number: its zero-shot prompt.
 
@@ -202,7 +214,7 @@ def gold_choices(task: Task, doc: dict[str, Any], read: Reading | None = None) -
     """Positions of a document's right choices. Raises _Unfit where the label is outside them."""
     read = read or of_request(task)
     choices = read.choices(task, doc)
-    target = task.doc_to_text(doc, read.text) if task.multiple_input else task.doc_to_target(doc, read.target)
+    target = read.asked(task, doc) if task.multiple_input else read.answer(task, doc)
     labels = target if isinstance(target, list) else [target]
     found = [choices.index(x) if isinstance(x, str) and x in choices else x for x in labels]
     if not found or not all(isinstance(x, int) and 0 <= x < len(choices) for x in found):
@@ -265,7 +277,7 @@ def _check_shots(task: Task, source: TaskSource, file: str, evaluated: list[Any]
 def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], training: int) -> TaskFacts:
     metric, filter_name = primary(task)
     requests = _requests(task, evaluated[0], 0, _context(task, evaluated[0]))
-    generates = task.OUTPUT_TYPE == "generate_until"
+    generates = kind(source.name, requests) == "generate_until"
     return TaskFacts(
         name=source.name,
         output_type=str(task.OUTPUT_TYPE),
@@ -340,7 +352,7 @@ def _check_answer(task: Task, doc: dict[str, Any], read: Reading) -> None:
     if own and task.OUTPUT_TYPE == "multiple_choice":
         gold_choices(task, doc, read)
         return
-    target = task.doc_to_target(doc, read.target)
+    target = read.answer(task, doc)
     if target is None or target == []:
         raise _Unfit("holds no answer")
     if isinstance(target, str) and not own:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortllmError, ResolveError
+from portllm.formats.lmeval_data import brings_data
 from portllm.formats.lmeval_index import expand, locate, merged_config
 
 FEWSHOT_SEED = 1234
@@ -63,9 +64,21 @@ def build(source: TaskSource) -> Task:
             raise
         except Exception as error:
             raise ResolveError(_why(source, error)) from error
-    _check_columns(task, source)
+    _check_columns(task, source, trusted=source.data is None and not (source.dataset or _is_own(path, source)))
     _set_fewshot(task, source.num_fewshot)
     return task
+
+
+def data_directory(root: Path, task: str, definition: Path | None) -> Path | None:
+    """A task's directory below a data root; None for a task that has none there and brings its data itself.
+
+    Raises ResolveError for any other without one: a hub's data must not stand in for what was to be found here.
+    """
+    if (root / task).is_dir():
+        return root / task
+    if brings_data(merged_config(locate(task, definition))):
+        return None
+    raise ResolveError(f"data_root: {root} has no directory `{task}` with train.parquet and validation.parquet")
 
 
 def _config(path: Path, source: TaskSource) -> dict[str, Any]:
@@ -118,14 +131,23 @@ def _keep_templates() -> None:
     utils.env.from_string = functools.lru_cache(maxsize=512)(utils.env.from_string)
 
 
-def _check_columns(task: Task, source: TaskSource) -> None:
-    """A bare name that is no column is rendered as itself, silently, by lm-eval."""
+def _is_own(path: Path, source: TaskSource) -> bool:
+    """Whether a definition is the user's, not lm-eval's."""
+    return source.definition is not None and path.is_relative_to(source.definition)
+
+
+def _check_columns(task: Task, source: TaskSource, trusted: bool) -> None:
+    """A bare name that is no column is rendered as itself, silently, by lm-eval.
+
+    Where definition and data are lm-eval's own (`trusted`), a target is meant so.
+    """
     for what in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         spec = getattr(task.config, what)
         bare = isinstance(spec, str) and re.fullmatch(r"[A-Za-z_]\w*", spec)
-        if bare and spec not in task.features and not (what == "doc_to_target" and _is_choice(task, spec)):
+        if bare and spec not in task.features and not (what == "doc_to_target" and (trusted or _is_choice(task, spec))):
             raise ResolveError(f"task `{source.name}`: {file_of(source, False)} has no column `{spec}`, which {what} "
-                               f"reads; it has {', '.join(task.features)}")  # fmt: skip
+                               f"reads; it has {', '.join(task.features)} (if the word itself is meant, write "
+                               f"{{{{'{spec}'}}}})")  # fmt: skip
 
 
 def _is_choice(task: Task, word: str) -> bool:

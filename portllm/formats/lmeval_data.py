@@ -32,6 +32,15 @@ def from_hub(config: Mapping[str, Any]) -> bool:
     return bool(path) and not config.get("custom_dataset") and path not in LOADERS and not _is_local(path)
 
 
+def brings_data(config: Mapping[str, Any]) -> bool:
+    """Whether a definition names its data itself, and no hub: local files, a function, or a class that fetches them."""
+    if config.get("class") or config.get("custom_dataset"):
+        return True
+    path, kwargs = str(config.get("dataset_path") or ""), config.get("dataset_kwargs")
+    named = isinstance(kwargs, dict) and (kwargs.get("data_files") or kwargs.get("data_dir"))
+    return bool(path) and not from_hub(config) and bool(named or path not in LOADERS)
+
+
 def local_data(config: Mapping[str, Any]) -> Iterator[Path]:
     """The files that a merged definition reads, and the directories in which one added later would be read, too.
 

@@ -15,8 +15,18 @@ PLAIN = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "
          "forced_eos_token_id": None}  # fmt: skip
 """Settings that move a greedy choice, a task's or a generation_config.json's, and their values that do not; None does
 not, either."""
-_IDLE = {"until", "max_gen_toks", "top_p", "top_k", "min_p", "typical_p", "early_stopping", "length_penalty"}
-"""What ends a text, and what only sampling or several beams read."""
+_IDLE = {
+    "until",
+    "max_gen_toks",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "early_stopping",
+    "length_penalty",
+    "use_cache",
+}
+"""What ends a text, what only sampling or several beams read, and what saves time."""
 
 
 def generation(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +57,9 @@ def new_tokens(task: str, arguments: Mapping[str, Any]) -> int:
         raise ResolveError(f"task `{task}`: generation_kwargs {arguments} cannot be read: {error}") from error
     if odd:
         asked = ", ".join(f"{name}: {value!r}" for name, value in odd.items())
-        raise ResolveError(f"task `{task}`: generation_kwargs ask for {asked}, and only greedy generation is supported:"
-                           f" give a definition of your own without that (include_path)")  # fmt: skip
+        raise ResolveError(f"task `{task}`: generation_kwargs ask for {asked}, and only greedy generation is supported,"
+                           f" ended by until and max_gen_toks: give a definition of your own without that "
+                           f"(include_path)")  # fmt: skip
     if count < 1:
         raise ResolveError(f"task `{task}`: generation_kwargs.max_gen_toks is {count}: give 1 or more")
     return int(count)

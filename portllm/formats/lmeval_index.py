@@ -93,7 +93,8 @@ def _members(group: str, members: Any, include_path: Path | None) -> Iterator[st
 
 
 def _changes(group: str, what: str) -> str:
-    return f"group `{group}` changes its members ({what}): name its tasks, each with its own settings"
+    return (f"group `{group}` changes its members ({what}), and a name cannot carry that: name its tasks, and write "
+            f"those changes into definitions of your own (include_path)")  # fmt: skip
 
 
 def _sha256(path: Path) -> str:
@@ -107,7 +108,9 @@ def definition_digest(path: Path, *, data: bool = True, sha256: Callable[[Path],
     `data` is False where the study gives other data; `sha256` (of a file) may come from a cache.
     """
     digest = hashlib.sha256()
-    for label, file in sorted({(os.path.relpath(part, path.parent), part) for part in definition_files(path, data)}):
+    names = {file: name for name, file in _imported(path)}  # installed, it lies elsewhere on another machine
+    parts = {(names.get(part) or os.path.relpath(part, path.parent), part) for part in definition_files(path, data)}
+    for label, file in sorted(parts):
         if file.is_file():
             digest.update(f"{label}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
@@ -118,18 +121,46 @@ def definition_files(path: Path, data: bool = True) -> Iterator[Path]:
 
     Directories among them are those in which a file added later would be read as well.
     """
-    yield from _written(path)
+    for yaml_file in _yamls(path):
+        yield yaml_file
+        for module in _function_modules(yaml_file):
+            yield from _modules(yaml_file.parent / f"{module.replace('.', '/')}.py", set())
+    for _, file in _imported(path):
+        yield from _modules(file, set())
     if data:
         yield from local_data(merged_config(path))
 
 
-def _written(path: Path) -> Iterator[Path]:
-    config, functions = read_yaml(path)
+def _yamls(path: Path) -> Iterator[Path]:
+    """A definition and what it includes."""
     yield path
-    for include in _list(config.get("include")):
-        yield from _written(path.parent / include)
-    for function in functions:
-        yield from _modules(path.parent / (function.rpartition(".")[0].replace(".", "/") + ".py"), set())
+    for include in _list(read_yaml(path)[0].get("include")):
+        yield from _yamls(path.parent / include)
+
+
+def _function_modules(path: Path) -> list[str]:
+    """Modules of a YAML's own `!function` names."""
+    return list(dict.fromkeys(function.rpartition(".")[0] for function in read_yaml(path)[1]))
+
+
+def _imported(path: Path) -> Iterator[tuple[str, Path]]:
+    """(module, its file) of the `!function` names that lie beside no YAML: installed, or on Python's path.
+
+    lm-eval's own are left out: its version is in every key.
+    """
+    for file in _yamls(path):
+        for module in _function_modules(file):
+            beside = file.parent / f"{module.replace('.', '/')}.py"
+            if not beside.is_file() and module.partition(".")[0] != "lm_eval" and (found := _module_file(module)):
+                yield module, found
+
+
+def _module_file(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None  # building the task says so
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def _modules(path: Path, seen: set[Path]) -> Iterator[Path]:

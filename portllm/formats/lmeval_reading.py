@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +19,31 @@ class Reading(NamedTuple):
     prefix: Any
     description: Any = None
 
+    def asked(self, task: Task, doc: dict[str, Any]) -> Any:
+        return task.doc_to_text(doc) if _own_way(task, "doc_to_text") else task.doc_to_text(doc, self.text)
+
+    def answer(self, task: Task, doc: dict[str, Any]) -> Any:
+        own = _own_way(task, "doc_to_target")
+        return task.doc_to_target(doc) if own else task.doc_to_target(doc, self.target)
+
     def choices(self, task: Task, doc: dict[str, Any]) -> list[Any]:
         return list(task.doc_to_choice(doc, self.choice)) if self.choice is not None else []
 
     def texts(self, task: Task, doc: dict[str, Any]) -> list[str]:
         """All that a request may say of the document. Raises what a template or function of the task raises."""
         bare = [task.resolve_field(doc, field) or "" for field in (self.prefix, self.description)]
-        asked = [task.doc_to_text(doc, self.text), task.doc_to_target(doc, self.target)]
-        return [str(text) for text in (*bare, *asked, *self.choices(task, doc))]
+        said = [self.asked(task, doc), self.answer(task, doc), *self.choices(task, doc)]
+        return [str(text) for text in (*bare, *said)]
+
+
+def _own_way(task: Task, method: str) -> bool:
+    """Whether a task that is a Python class reads documents itself, in one way, by no template."""
+    return _arguments(getattr(type(task), method)) == len(("self", "doc"))
+
+
+@functools.cache
+def _arguments(function: Any) -> int:
+    return len(inspect.signature(function).parameters)
 
 
 def of_request(task: Task) -> Reading:
@@ -43,11 +62,11 @@ def of_example(task: Task) -> Reading:
 
 def build_example(task: Task, doc: dict[str, Any], read: Reading) -> str:
     """A few-shot example's text, as lm-eval builds it."""
-    text, choices = task.doc_to_text(doc, read.text), read.choices(task, doc) or None
+    text, choices = read.asked(task, doc), read.choices(task, doc) or None
     messages = task.build_qa_turn(
         q=choices[text] if task.multiple_input and choices else text,
         c=None if task.multiple_input else choices,
-        a=task.doc_to_target(doc, read.target),
+        a=read.answer(task, doc),
         gen_prefix=task.resolve_field(doc, read.prefix),
         tgt_delim=task.fewshot_cfg.target_delimiter,
         few_delim=task.fewshot_cfg.fewshot_delimiter,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from portllm.errors import StageError
 from portllm.report import text
 from portllm.store.results import COLUMNS
 
@@ -58,8 +59,8 @@ def score_notes(found: Iterable[Scored]) -> Iterator[str]:
             yield f"note: {cell}: memory ran out {halved} times, and less was done at once"
 
 
-def item_table(found: Iterable[Scored], file: Path) -> None:
-    """Every document's scores, with its task and patch."""
+def write_items(found: Iterable[Scored], draft: Path, file: Path) -> None:
+    """Every document's scores, with its task and patch, into `draft`. StageError names `file`, its name to be."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -71,7 +72,10 @@ def item_table(found: Iterable[Scored], file: Path) -> None:
         for number, (name, value) in enumerate(about.items()):
             table = table.add_column(number, name, pa.array([value] * len(table), pa.string()))
         tables.append(table)
-    pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
+    try:
+        pyarrow.parquet.write_table(pa.concat_tables(tables), draft, compression="zstd")
+    except OSError as error:
+        raise StageError(f"{file}: the items cannot be written: {error}") from error
 
 
 def score_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from portllm.errors import ResolveError
 from portllm.formats import lmeval
 from portllm.formats.lmeval_data import from_hub
 from portllm.formats.lmeval_generation import new_tokens
@@ -83,11 +82,7 @@ def _data_directory(study: Study, task: Task, sources: Sources) -> Path | None:
     if study.data_root is None:
         return None
     root = sources.directory(study.data_root, "data_root")
-    if not (root / task.task).is_dir():
-        raise ResolveError(
-            f"data_root: {root} has no directory `{task.task}` with train.parquet and validation.parquet"
-        )
-    return root / task.task
+    return lmeval.data_directory(root, task.task, _include(task, sources))
 
 
 def _definition(source: lmeval.TaskSource, config: str) -> Given | None:

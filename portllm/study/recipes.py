@@ -189,7 +189,7 @@ class Evaluate:
     """λ of each patch, in the order of the roles patch1, patch2, …"""
     combine: Literal["sum"] = "sum"
     score_tokens: int = 2048
-    """Token budget of a scoring batch (eight of a generating one): composition moves last bits, so it is fixed, never
+    """Token budget of a scoring batch (sixteen of a generating one): composition moves last bits, so it is fixed, never
     probed."""
 
 

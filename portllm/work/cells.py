@@ -76,8 +76,8 @@ def score(
 
     `told` hears of each cell when it begins and whenever some of its requests are done.
 
-    Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded, and
-    StageError, naming task and patch, for a cell that cannot be scored.
+    Raises `ResolveError` for a model, patch, task or data that cannot be used, before anything is loaded. A cell that
+    cannot be scored does not stop the others: StageError at the end, with a line for each, naming task and patch.
     """
     checked = _checked(model, patches, asked)
     ranks = {patch: max((t.rank for t in read_adapter(patch).targets.values()), default=None) for patch in patches}
@@ -88,6 +88,7 @@ def score(
         made = {task: _requests(model, task, given, asked, root, run) for task, given in checked.items()}
         each: list[Path | None] = [*patches] or [None]
         cells = list(product(each, made))
+        failures: list[StageError] = []
         for number, (patch, task) in enumerate(cells, 1):
             at = At(number, len(cells), task, patch)
             told(at)
@@ -95,9 +96,15 @@ def score(
             out = root / "cells" / str(number)
             scales = (1.0,) * len(applied)
             recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
-            with _naming(at):
-                summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
+            try:
+                with _naming(at):
+                    summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
+            except StageError as error:
+                failures.append(error)
+                continue
             yield Scored(patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet"))
+        if failures:
+            raise StageError("\n".join(map(str, failures))) from failures[0]
 
 
 @contextmanager
@@ -117,6 +124,7 @@ def _telling(run: RunContext, at: At, told: Callable[[At], None]) -> RunContext:
 def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, dict[str, Path]]:
     """Definition and data of every task, all of it looked at."""
     Source.read(model, [])
+    tokenizer = _tokenizer(model)
     for patch in patches:
         Source.read(model, [(patch, 1.0)])
     found: dict[str, dict[str, Path]] = {}
@@ -124,14 +132,20 @@ def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, di
         for task in lmeval.expand(name, asked.include):
             given = {"definition": asked.include} if asked.include else {}
             if asked.data_root is not None:
-                if not (asked.data_root / task).is_dir():
-                    raise ResolveError(f"{asked.data_root}: no directory `{task}` with validation.parquet")
-                given["data"] = asked.data_root / task
+                data = lmeval.data_directory(asked.data_root, task, asked.include)
+                given |= {"data": data} if data else {}
             source = lmeval.TaskSource(task, asked.include, given.get("data"), num_fewshot=asked.num_fewshot)
             if new_tokens := lmeval.check(source).new_tokens:
-                check_room(task, new_tokens, window(model, load_tokenizer(model)))
+                check_room(task, new_tokens, window(model, tokenizer))
             found[task] = given
     return found
+
+
+def _tokenizer(model: Path) -> Any:
+    try:
+        return load_tokenizer(model)
+    except StageError as error:
+        raise ResolveError(str(error).splitlines()[0]) from error
 
 
 def _requests(

@@ -140,7 +140,7 @@ def _answered(
     """lm-eval's instances with their responses, by document."""
     from lm_eval.api.instance import Instance
 
-    kind = "loglikelihood" if task.OUTPUT_TYPE == "multiple_choice" else task.OUTPUT_TYPE
+    kind = requests.meta["output_type"]
     groups: list[list[Any]] = [[] for _ in documents]
     for request, response in enumerate(responses):
         position = int(requests.documents[request])
@@ -158,10 +158,12 @@ def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str
         choices = len(task.doc_to_choice(doc))
         gold = ",".join(map(str, lmeval.gold_choices(task, doc)))
         return {"choice_loglikelihoods": scores, "prediction": str(int(np.argmax(scores[:choices]))), "target": gold}
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+    if group[0].request_type == "loglikelihood_rolling":
         return {"choice_loglikelihoods": [float(answer)]}
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return {"choice_loglikelihoods": [float(answer[0])], "prediction": str(bool(answer[1])), "target": "True"}
+    if group[0].request_type == "loglikelihood":
+        scores = [float(instance.resps[0][0]) for instance in group]
+        alone = {"prediction": str(bool(answer[1])), "target": "True"} if len(group) == 1 else {}
+        return {"choice_loglikelihoods": scores, **alone}
     return {"prediction": str(answer), "target": str(task.doc_to_target(doc)), "text": str(group[0].resps[0])}
 
 

@@ -167,7 +167,7 @@ class Head:
             yield 0, self.whole(hidden_PD)
             return
         weight_VD, bias_V = self._module.weight, self._module.bias
-        size = max(VOCABULARY, POSITIONS * VOCABULARY // max(1, len(hidden_PD)))  # as many logits for few positions
+        size = self._block(len(hidden_PD))
         for first in range(0, len(weight_VD), size):
             block_VD = weight_VD[first : first + size]
             product_PV = self._buffer(weight_VD.dtype, len(hidden_PD), len(block_VD))
@@ -176,6 +176,16 @@ class Head:
                 product_PV += bias_V[first : first + size]
             logits_PV = self._buffer(torch.float32, *product_PV.shape)
             yield first, self._capped(logits_PV if logits_PV is product_PV else logits_PV.copy_(product_PV))
+
+    def _block(self, positions: int) -> int:
+        """Tokens of a block of the vocabulary.
+
+        On a device, few positions take larger blocks, as many logits at once. A CPU's product in float32 is 1.3 times
+        as fast in small ones (15 positions, 262k entries: 139 against 184 ms); in bfloat16 they are alike.
+        """
+        if self._module.weight.device.type == "cpu":
+            return VOCABULARY
+        return max(VOCABULARY, POSITIONS * VOCABULARY // max(1, positions))
 
     def _buffer(self, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         device = self._module.weight.device

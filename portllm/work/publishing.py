@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def published(out: Path, force: bool = False, inputs: Sequence[Path] = ()) -> It
     _require_free(out, force, inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
-    private = out.parent / f".{out.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+    private = out.parent / _private_name(out)
     private.mkdir()
     try:
         yield private
@@ -32,6 +32,33 @@ def published(out: Path, force: bool = False, inputs: Sequence[Path] = ()) -> It
             private.rename(out)
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A private sibling of `file` that takes its place when the block ends, and vanishes when it raises.
+
+    Made before the block runs: raises ResolveError for a `file` that cannot be written, or is none (a device, a pipe).
+    """
+    if not file.parent.is_dir():
+        raise ResolveError(f"{file}: there is no directory {file.parent}")
+    if file.exists() and not file.is_file():
+        raise ResolveError(f"{file}: is no regular file; name the file to write")
+    target = file.resolve()
+    private = target.with_name(_private_name(target))
+    try:
+        private.touch(exist_ok=False)
+    except OSError as error:
+        raise ResolveError(f"{file}: cannot be written: {error.strerror}") from None
+    try:
+        yield private
+        private.replace(target)
+    finally:
+        private.unlink(missing_ok=True)
+
+
+def _private_name(out: Path) -> str:
+    return f".{out.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
 
 
 def _require_free(out: Path, force: bool, inputs: Sequence[Path]) -> None:

@@ -83,7 +83,7 @@ def requests(recipe: Requests, inputs: Mapping[str, Path], out: Path, run: RunCo
         meta = _write_examples(recipe, task, encoder, inputs, out)
     else:
         meta = _write_requests(recipe, task, encoder, out)
-    meta |= {"recipe": asdict(recipe), "task": recipe.task, "output_type": task.OUTPUT_TYPE}
+    meta |= {"recipe": asdict(recipe), "task": recipe.task}
     (out / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     summary = {k: v for k, v in meta.items() if isinstance(v, int | str)}
     run.log(" ".join(f"{k}={v}" for k, v in summary.items()))
@@ -122,8 +122,8 @@ def _write_requests(recipe: Requests, task: Any, encoder: Encoder, out: Path) ->
     documents = lmeval.documents(task, recipe.limit)
     per_document = lmeval.instances(task, recipe.limit)
     flat = [instance for instances in per_document for instance in instances]
-    generates = task.OUTPUT_TYPE == "generate_until"
-    rows = _rows(task.OUTPUT_TYPE, flat, encoder)
+    kind = lmeval.kind(recipe.task, flat)
+    rows = _rows(kind, flat, encoder)
     tokens = _save_rows(rows, out)
     hashes = {lmeval.prompt_hash(prompt) for doc in documents for prompt in lmeval.prompts(task, doc)}
     _save(out, "documents", [n for n, instances in enumerate(per_document) for _ in instances], np.int64)
@@ -136,7 +136,8 @@ def _write_requests(recipe: Requests, task: Any, encoder: Encoder, out: Path) ->
         "requests": len(flat),
         "tokens": tokens,
         "num_fewshot": task.config.num_fewshot,
-        "generation": flat[0].args[1] if generates else None,
+        "output_type": kind,
+        "generation": flat[0].args[1] if kind == "generate_until" else None,
         "model_max_length": window(None, encoder.tokenizer),
     }
 

@@ -86,6 +86,44 @@ def test_definition_digest_follows_includes_and_functions_and_nothing_else(tmp_p
     assert lmeval.definition_digest(tmp_path / "mine.yaml") == digests[-1]
 
 
+def test_definition_digest_follows_functions_of_an_installed_module_wherever_it_lies(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function words_of_mine.texts.text\n")
+    digests = []
+    for place, text in (("here", "x"), ("there", "x"), ("there", "y")):
+        package = tmp_path / place / "words_of_mine"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").write_text("")
+        (package / "texts.py").write_text(f"def text(doc): return '{text}'\n")
+        with monkeypatch.context() as patched:
+            patched.syspath_prepend(str(tmp_path / place))
+            for name in [name for name in sys.modules if name.startswith("words_of_mine")]:
+                patched.delitem(sys.modules, name)
+            digests.append(lmeval.definition_digest(tmp_path / "mine.yaml"))
+            for name in [name for name in sys.modules if name.startswith("words_of_mine")]:
+                del sys.modules[name]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_word_as_target_is_taken_from_lm_evals_own_definitions_and_data_only(tmp_path, monkeypatch):
+    from portllm.formats import lmeval_index
+
+    rows = data(tmp_path / "data", None, [{"text": "a"}, {"text": "b"}]) / "validation.parquet"
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "all.yaml").write_text(
+        "task: every\ndataset_path: parquet\noutput_type: generate_until\nvalidation_split: validation\n"
+        f"doc_to_text: text\ndoc_to_target: all\ndataset_kwargs: {{data_files: {{validation: {rows}}}}}\n"
+    )
+    with pytest.raises(ResolveError, match=r"no column `all`.*if the word itself is meant, write \{\{'all'\}\}"):
+        lmeval.build(TaskSource("every", tasks))
+    monkeypatch.setenv("PORTLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lmeval_index, "_scanned", {})
+    monkeypatch.setattr(lmeval_index, "_tasks_root", lambda: tasks)
+    assert lmeval.check(TaskSource("every")).documents == 2
+    with pytest.raises(ResolveError, match="no column `all`"):
+        lmeval.build(TaskSource("every", data=tmp_path / "data"))
+
+
 def test_an_index_kept_for_another_tree_is_made_anew(monkeypatch, tmp_path):
     from portllm.formats import lmeval_index
 

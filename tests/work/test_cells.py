@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from portllm.cli import main
+from portllm.report.scores import score_notes, score_rows
 from portllm.store.results import COLUMNS
+from portllm.work import cells
 from portllm.work.cells import Asked, At, score
 from tests.toys import write_model, write_patch, write_tasks
 
@@ -159,14 +165,14 @@ def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pyt
     assert "prompts were cut from the left to fit the model's window" in capsys.readouterr().err
 
 
-def test_a_cell_that_fails_is_named_and_what_was_scored_before_it_is_kept(
+def test_a_cell_that_fails_is_named_and_does_not_stop_the_others(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_patch(tmp_path / "broken", world / "model")
     weights = load_file(tmp_path / "broken" / "adapter_model.safetensors")
     save_file({name: tensor * 1e12 for name, tensor in weights.items()}, tmp_path / "broken/adapter_model.safetensors")
     items = tmp_path / "items.parquet"
-    patches = ["--patch", world / "patch0", "--patch", tmp_path / "broken"]
+    patches = ["--patch", tmp_path / "broken", "--patch", world / "patch0"]
     places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *map(str, [*places, "--tasks", "mood", *patches, "--items", items, "--json"])])
@@ -178,4 +184,131 @@ def test_a_cell_that_fails_is_named_and_what_was_scored_before_it_is_kept(
 def test_items_go_into_a_file_and_a_directory_is_refused_first(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "a directory; name the file" in evaluate(capsys, world, "--tasks", "mood", "--items", tmp_path, code=2)
+    assert "is no regular file" in evaluate(capsys, world, "--tasks", "mood", "--items", tmp_path, code=2)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in evaluate(capsys, world, "--tasks", "mood", "--items", tmp_path / "pipe", code=2)
+
+
+def test_items_that_cannot_be_written_cost_neither_the_scores_nor_the_old_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tmp_path / "items.parquet"
+    evaluate(capsys, world, "--tasks", "mood", "--limit", 3, "--items", items)
+    kept = items.read_bytes()
+
+    def full(table: pa.Table, file: Path, **_: object) -> None:
+        if file.parent == tmp_path:
+            raise OSError(28, "No space left on device")
+        write(table, file, **_)
+
+    write = pq.write_table
+    monkeypatch.setattr(pq, "write_table", full)
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *map(str, [*places, "--tasks", "mood", "--limit", 5, "--items", items, "--json"])])
+    out, error = capsys.readouterr()
+    assert ended.value.code == 1 and json.loads(out)[0]["n"] == 5
+    assert f"error: {items}: the items cannot be written" in error and "No space left" in error
+    assert items.read_bytes() == kept and list(tmp_path.iterdir()) == [items]
+
+
+def test_how_the_cells_are_scored_is_what_was_asked(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes, scored = [], cells.evaluate
+    monkeypatch.setattr(cells, "evaluate", lambda recipe, *rest: (recipes.append(recipe), scored(recipe, *rest))[1])
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    asked = ["--tasks", "mood", "--patch", world / "patch0", "--apply", "adapter", "--dtype", "bfloat16"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *map(str, [*places, *asked, "--json"])])
+    assert ended.value.code == 0 and [(r.apply, r.dtype) for r in recipes] == [("adapter", "bfloat16")]
+
+
+def test_few_shot_examples_stand_in_the_prompts(world: Path) -> None:
+    plain, shown = (
+        next(score(world / "model", [], Asked(["mood"], world / "data", world / "tasks", num_fewshot=shots)))
+        for shots in (None, 2)
+    )
+    assert (plain.summary["num_fewshot"], shown.summary["num_fewshot"]) == (0, 2)
+    assert plain.items["choice_loglikelihoods"] != shown.items["choice_loglikelihoods"]
+
+
+def test_what_was_scored_before_an_interrupt_is_printed(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, calls = cells.evaluate, []
+
+    def interrupted(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scored(*given)
+
+    monkeypatch.setattr(cells, "evaluate", interrupted)
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *map(str, [*places, "--tasks", "mood,tone", "--json"])])
+    out, error = capsys.readouterr()
+    assert ended.value.code == 130 and [row["task"] for row in json.loads(out)] == ["mood"] and "stopped" in error
+
+
+def made_up(filters: tuple[str, ...], **noted: int) -> cells.Scored:
+    metrics = [{"metric": "exact_match", "filter": name, "primary": True, "value": 0.5, "stderr": 0.1}
+               for name in filters]  # fmt: skip
+    summary = {"metrics": metrics, "n": 4, "num_fewshot": 0, "score_s": 1.0, **noted}
+    return cells.Scored(None, None, "math", summary, pa.table({}))
+
+
+def test_a_metric_bears_its_filter_where_there_are_several() -> None:
+    names = [[row["metric"] for row in score_rows("m", "merged", "float32", [made_up(filters)])]
+             for filters in (("strict",), ("strict", "flexible"))]  # fmt: skip
+    assert names == [["exact_match"], ["exact_match,strict", "exact_match,flexible"]]
+
+
+def test_batches_that_did_not_fit_are_said() -> None:
+    assert list(score_notes([made_up(("none",), truncated=0, halved=0)])) == []
+    assert "memory ran out 3 times" in next(score_notes([made_up(("none",), truncated=0, halved=3)]))
+
+
+def test_a_task_that_brings_its_data_needs_no_directory_below_the_data_root(world: Path, tmp_path: Path) -> None:
+    tasks = shutil.copytree(world / "tasks", tmp_path / "tasks")
+    text = (tasks / "mood.yaml").read_text().replace("task: mood", "task: own")
+    rows = world / "data" / "mood" / "validation.parquet"
+    (tasks / "own.yaml").write_text(f"{text}\ndataset_kwargs: {{data_files: {{train: {rows}, validation: {rows}}}}}\n")
+    found = list(score(world / "model", [], Asked(["mood", "own"], world / "data", tasks)))
+    assert [one.task for one in found] == ["mood", "own"]
+    assert found[0].items["choice_loglikelihoods"] == found[1].items["choice_loglikelihoods"]
+
+
+def test_a_model_without_a_tokenizer_is_refused_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(world / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    error = evaluate(capsys, world, "--tasks", "mood", "--model", bare, code=2)
+    assert f"no tokenizer can be read from {bare}" in error and len(error.splitlines()) == 1
+
+
+def command(world: Path, *arguments: object) -> list[str]:
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    asked = ["evaluate", *places, *arguments]
+    return [sys.executable, "-c", "from portllm.cli import main; main()", *map(str, asked)]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_is_no_error(unbuffered: str) -> None:
+    asked = [sys.executable, "-c", "from portllm.cli import main; main(['schema'])"]
+    ours = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ours) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_behind(world: Path, tmp_path: Path) -> None:
+    ours = os.environ | {"TMPDIR": str(tmp_path)}
+    asked = command(world, "--tasks", "mood,tone", *["--patch", world / "patch0"] * 200)
+    with subprocess.Popen(asked, stdout=subprocess.DEVNULL, env=ours) as process:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("portllm-*/cells")) and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert list(tmp_path.glob("portllm-*")) == []

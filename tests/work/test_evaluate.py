@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from portllm.errors import StageError
+from portllm.errors import ResolveError, StageError
 from portllm.formats import lmeval
 from portllm.study.recipes import Evaluate, Requests
 from portllm.work.context import RunContext
@@ -144,6 +144,76 @@ def test_perplexities_are_those_of_lm_eval(world, run, tmp_path):
         assert metric["value"] == pytest.approx(results[f"{metric['metric']},none"], rel=1e-5)
     scores = [item["choice_loglikelihoods"][0] for item in items(tmp_path)]
     np.testing.assert_allclose(scores, [s["resps"][0][0] for s in samples], atol=1e-4)
+
+
+CLASS = """
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+
+class Likely(ConfigurableTask):
+    VERSION, DATASET_PATH, DATASET_NAME = 1, "parquet", None
+
+    def __init__(self, config=None):
+        data = {{"data_files": {{"validation": "{rows}"}}}}
+        super().__init__(config={{"metadata": {{"version": 1}}, "dataset_kwargs": data}})
+
+    def has_training_docs(self): return False
+    def has_validation_docs(self): return True
+    def has_test_docs(self): return False
+    def validation_docs(self): return self.dataset["validation"]
+    def doc_to_text(self, doc): return doc["sentence"]
+    def doc_to_target(self, doc): return [" bad", " good"][doc["label"]]
+    def ask(self, kind, doc, arguments, idx=0, **named):
+        named = {{k: v for k, v in named.items() if "chat_template" not in k}}
+        return Instance(request_type=kind, doc=doc, arguments=arguments, idx=idx, **named)
+    def construct_requests(self, doc, ctx, **named):
+        return [self.ask("loglikelihood", doc, (ctx, c), i, **named) for i, c in enumerate([" bad", " good"])]
+    def process_results(self, doc, results):
+        return {{"acc": float(np.argmax([score for score, _ in results]) == doc["label"])}}
+    def aggregation(self): return {{"acc": np.mean}}
+    def higher_is_better(self): return {{"acc": True}}
+
+
+class Says(Likely):
+    def construct_requests(self, doc, ctx, **named):
+        return [self.ask("generate_until", doc, (ctx, {{"until": ["film"], "max_gen_toks": 6}}), **named)]
+    def process_results(self, doc, results): return {{"acc": float(len(results[0]))}}
+
+
+class Both(Likely):
+    def construct_requests(self, doc, ctx, **named):
+        return Likely.construct_requests(self, doc, ctx, **named) + Says.construct_requests(self, doc, ctx, **named)
+"""
+
+
+def class_task(world: Path, folder: Path, name: str) -> lmeval.TaskSource:
+    """A task that is a Python class and makes its requests itself, as lm-eval's `swde` does."""
+    (folder / "task.py").write_text(CLASS.format(rows=world / "data" / "mood" / "validation.parquet"))
+    (folder / "own.yaml").write_text(f"task: own\nclass: !function task.{name}\n")
+    return lmeval.TaskSource("own", folder)
+
+
+@pytest.mark.parametrize("name", ["Likely", "Says"])
+def test_a_task_that_is_a_class_scores_as_lm_eval_scores_it(world, run, tmp_path, name):
+    source = class_task(world, tmp_path, name)
+    facts = lmeval.check(source)
+    assert (facts.documents, facts.choices, facts.new_tokens) == (20, *((2, 0) if name == "Likely" else (1, 6)))
+    summary = cell(run, tmp_path, world / "model", "own", {"definition": tmp_path}, limit=8)
+    results, samples = lm_evals_own(world / "model", source, 8)
+    assert summary["metrics"][0]["value"] == pytest.approx(results["acc,none"])
+    for item, sample in zip(items(tmp_path), samples, strict=True):
+        if name == "Says":
+            assert item["text"] == sample["resps"][0][0]
+        else:
+            theirs = [response[0][0] for response in sample["resps"]]
+            np.testing.assert_allclose(item["choice_loglikelihoods"], theirs, atol=1e-4)
+
+
+def test_a_task_that_asks_for_texts_and_likelihoods_at_once_is_refused(world, tmp_path):
+    with pytest.raises(ResolveError, match="`own` asks for generate_until and loglikelihood at once"):
+        lmeval.check(class_task(world, tmp_path, "Both"))
 
 
 # ------------------------------------------------------------------------------------------------------------- results

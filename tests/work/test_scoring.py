@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from portllm.errors import StageError
-from portllm.work import generating, head
+from portllm.work import generating, head, kv_cache
 from portllm.work.generating import generate
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
@@ -435,3 +435,21 @@ def test_a_model_that_asks_for_a_repetition_penalty_is_refused():
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(StageError, match="sets repetition_penalty"):
         generate(model, Words(), request_set(prompts(1), **generation()), budget=100)
+
+
+def test_an_empty_stop_sequence_ends_a_text_after_its_first_token():
+    model = tiny("llama")
+    texts = generate(model, Words(), request_set(prompts(3), **generation(until=[""])), budget=100).texts
+    assert texts == [Words().decode(alone(model, p, 1), True) for p, _ in prompts(3)] and any(texts)
+
+
+def test_a_prompt_without_a_token_is_refused():
+    with pytest.raises(StageError, match="the prompt of document 1 has no token"):
+        generate(tiny("llama"), Words(), request_set([([5], []), ([], [])], **generation()), budget=100)
+
+
+def test_a_long_text_is_that_of_its_prompt_alone_whatever_room_there_was(monkeypatch):
+    monkeypatch.setattr(kv_cache, "ROOM", 1)
+    model = tiny("llama")
+    made = generate(model, Words(), request_set(prompts(4), **generation(max_gen_toks=30)), budget=40)
+    assert made.texts == [Words().decode(alone(model, p, 30), True) for p, _ in prompts(4)]
