@@ -15,8 +15,8 @@ class Point:
     """Before clipping."""
     tokens: int
     seconds: float
-    elapsed_s: float
-    """Of training until the step was done, over all attempts."""
+    elapsed_s: float = 0.0
+    """Of training until the step was done, over all attempts; 0 in checkpoints that do not say."""
 
     def values(self) -> dict[str, float]:
         rate = self.tokens / max(self.seconds, 1e-9)

@@ -26,6 +26,7 @@ from portllm.work import checkpoints, training
 from portllm.work import loss as losses_of
 from portllm.work.checkpoints import complete
 from portllm.work.loss import SummedLoss
+from portllm.work.points import Point
 from portllm.work.training import learning_rate, train
 from tests.work import toy_training as toy
 
@@ -388,3 +389,8 @@ def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: P
     assert ledger["earlier_rank_s"] == pytest.approx(settings["begun"] * ledger["earlier_s"], abs=0.01)
     toy.fit(tmp_path, Layout(), settings.get("trains", "full"), settings.get("batch", 8))
     np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_of_before_points_told_their_time_is_gone_on_from():
+    kept = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 10, "seconds": 0.5}
+    assert Point(**kept).values()["elapsed_s"] == 0.0
