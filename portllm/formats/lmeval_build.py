@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,9 +113,12 @@ def _refuse(config: dict[str, Any], source: TaskSource) -> None:
 
 def _construct(config: dict[str, Any]) -> Task:
     """As lm-eval's TaskFactory does."""
+    from datasets import disable_progress_bars
     from lm_eval.api.task import ConfigurableTask
 
     _keep_templates()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     cls = config.get("class")
     if cls is None:
         return ConfigurableTask(config=config)

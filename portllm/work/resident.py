@@ -4,6 +4,7 @@ Nothing is ever subtracted, and no loaded weight is written to: `merged` puts an
 `adapter` another module in a layer's place, and leaving the block puts the first one back.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -137,7 +138,9 @@ class Resident:
             if whole := {**adapter.replaced, **adapter.copies}:  # PEFT would write over the model's own
                 raise ResolveError(f"{where}: replaces `{min(whole)}`, which mode adapter cannot undo: use merged")
             if wrapped is None:
-                wrapped = PeftModel.from_pretrained(self.model, where, adapter_name=name, torch_device=self.device)
+                with warnings.catch_warnings():  # of transformers, that PEFT asks by an old name
+                    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                    wrapped = PeftModel.from_pretrained(self.model, where, adapter_name=name, torch_device=self.device)
             else:
                 wrapped.load_adapter(where, adapter_name=name, torch_device=self.device)
             layers = {path: layer for path, layer in _lora_layers(self.model).items() if name in layer.scaling}
