@@ -34,11 +34,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def command(world: Path, *arguments: object) -> list[str]:
+    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
+    return ["evaluate", *map(str, [*places, *arguments])]
+
+
+def ended(world: Path, *arguments: object) -> int:
+    """The exit code of `portllm evaluate`."""
+    with pytest.raises(SystemExit) as end:
+        main(command(world, *arguments))
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
 def evaluate(capsys: pytest.CaptureFixture[str], world: Path, *arguments: object, code: int = 0) -> str:
-    places = {"--model": world / "model", "--data-root": world / "data", "--include-path": world / "tasks"}
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *(str(word) for pair in places.items() for word in pair), *map(str, arguments)])
-    assert ended.value.code == code
+    assert ended(world, *arguments) == code
     out, error = capsys.readouterr()
     return error if code else out
 
@@ -100,10 +110,7 @@ def test_a_terminal_shows_the_cell_and_its_requests_and_a_pipe_nothing(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "stderr", shown := stream())
-    places = ["--model", str(world / "model"), "--data-root", str(world / "data")]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *places, "--include-path", str(world / "tasks"), "--tasks", "mood,tone", "--json"])
-    assert ended.value.code == 0
+    assert ended(world, "--tasks", "mood,tone", "--json") == 0
     words = ["[1/2] mood", "[2/2] tone", "40/40"] if stream is Terminal else []
     assert all(word in shown.getvalue() for word in words) and bool(shown.getvalue()) == bool(words)
 
@@ -159,9 +166,7 @@ def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pyt
     short = shutil.copytree(world / "model", tmp_path / "short")
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
-    places = ["--data-root", str(world / "data"), "--include-path", str(world / "tasks")]
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--model", str(short), *places, "--tasks", "mood", "--json"])
+    ended(world, "--model", short, "--tasks", "mood", "--json")
     assert "prompts were cut from the left to fit the model's window" in capsys.readouterr().err
 
 
@@ -173,11 +178,9 @@ def test_a_cell_that_fails_is_named_and_does_not_stop_the_others(
     save_file({name: tensor * 1e12 for name, tensor in weights.items()}, tmp_path / "broken/adapter_model.safetensors")
     items = tmp_path / "items.parquet"
     patches = ["--patch", tmp_path / "broken", "--patch", world / "patch0"]
-    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, [*places, "--tasks", "mood", *patches, "--items", items, "--json"])])
+    code = ended(world, "--tasks", "mood", *patches, "--items", items, "--json")
     out, error = capsys.readouterr()
-    assert ended.value.code == 1 and len(json.loads(out)) == 1 and len(pq.read_table(items)) == 20
+    assert code == 1 and len(json.loads(out)) == 1 and len(pq.read_table(items)) == 20
     assert f"error: mood with {tmp_path}/broken: the score of document" in error
 
 
@@ -203,11 +206,9 @@ def test_items_that_cannot_be_written_cost_neither_the_scores_nor_the_old_file(
 
     write = pq.write_table
     monkeypatch.setattr(pq, "write_table", full)
-    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, [*places, "--tasks", "mood", "--limit", 5, "--items", items, "--json"])])
+    code = ended(world, "--tasks", "mood", "--limit", 5, "--items", items, "--json")
     out, error = capsys.readouterr()
-    assert ended.value.code == 1 and json.loads(out)[0]["n"] == 5
+    assert code == 1 and json.loads(out)[0]["n"] == 5
     assert f"error: {items}: the items cannot be written" in error and "No space left" in error
     assert items.read_bytes() == kept and list(tmp_path.iterdir()) == [items]
 
@@ -215,11 +216,8 @@ def test_items_that_cannot_be_written_cost_neither_the_scores_nor_the_old_file(
 def test_how_the_cells_are_scored_is_what_was_asked(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes, scored = [], cells.evaluate
     monkeypatch.setattr(cells, "evaluate", lambda recipe, *rest: (recipes.append(recipe), scored(recipe, *rest))[1])
-    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
     asked = ["--tasks", "mood", "--patch", world / "patch0", "--apply", "adapter", "--dtype", "bfloat16"]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, [*places, *asked, "--json"])])
-    assert ended.value.code == 0 and [(r.apply, r.dtype) for r in recipes] == [("adapter", "bfloat16")]
+    assert ended(world, *asked, "--json") == 0 and [(r.apply, r.dtype) for r in recipes] == [("adapter", "bfloat16")]
 
 
 def test_few_shot_examples_stand_in_the_prompts(world: Path) -> None:
@@ -243,11 +241,9 @@ def test_what_was_scored_before_an_interrupt_is_printed(
         return scored(*given)
 
     monkeypatch.setattr(cells, "evaluate", interrupted)
-    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, [*places, "--tasks", "mood,tone", "--json"])])
+    code = ended(world, "--tasks", "mood,tone", "--json")
     out, error = capsys.readouterr()
-    assert ended.value.code == 130 and [row["task"] for row in json.loads(out)] == ["mood"] and "stopped" in error
+    assert code == 130 and [row["task"] for row in json.loads(out)] == ["mood"] and "stopped" in error
 
 
 def made_up(filters: tuple[str, ...], **noted: int) -> cells.Scored:
@@ -286,12 +282,6 @@ def test_a_model_without_a_tokenizer_is_refused_first(
     assert f"no tokenizer can be read from {bare}" in error and len(error.splitlines()) == 1
 
 
-def command(world: Path, *arguments: object) -> list[str]:
-    places = ["--model", world / "model", "--data-root", world / "data", "--include-path", world / "tasks"]
-    asked = ["evaluate", *places, *arguments]
-    return [sys.executable, "-c", "from portllm.cli import main; main()", *map(str, asked)]
-
-
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_went_away_is_no_error(unbuffered: str) -> None:
     asked = [sys.executable, "-c", "from portllm.cli import main; main(['schema'])"]
@@ -304,7 +294,8 @@ def test_a_reader_that_went_away_is_no_error(unbuffered: str) -> None:
 
 def test_a_command_that_is_told_to_end_leaves_nothing_behind(world: Path, tmp_path: Path) -> None:
     ours = os.environ | {"TMPDIR": str(tmp_path)}
-    asked = command(world, "--tasks", "mood,tone", *["--patch", world / "patch0"] * 200)
+    asked = [sys.executable, "-c", "from portllm.cli import main; main()"]
+    asked += command(world, "--tasks", "mood,tone", *["--patch", world / "patch0"] * 200)
     with subprocess.Popen(asked, stdout=subprocess.DEVNULL, env=ours) as process:
         until = time.monotonic() + 60
         while not list(tmp_path.glob("portllm-*/cells")) and time.monotonic() < until and process.poll() is None:
