@@ -142,7 +142,7 @@ def _continue(
     cache, mask_BL, chosen_BR = _read_prompts(model, head, last_layer, prompts, budget)
     running, rows = [Draft(ids.tolist()) for ids in prompts], list(range(len(prompts)))
     guesses: list[list[int]] = [[] for _ in running]
-    read = 1
+    forgets, read = keeps_all(model), 1
     while True:
         grown = [_grow(*row, tokenizer, stops) for row in zip(running, guesses, chosen_BR, strict=True)]
         keep = [b for b, (_, done) in enumerate(grown) if not done]
@@ -156,7 +156,7 @@ def _continue(
         mask_BL = _tidy(cache, mask_BL, keep, attention_window(model))
         running, rows = [running[b] for b in keep], [rows[b] for b in keep]
         rooms = [stops.tokens - len(draft.text) - 1 for draft in running]
-        count = length([draft.chance for draft in running], min(LONGEST, max(rooms)) if keeps_all(model) else 0)
+        count = length([draft.chance for draft in running], min(LONGEST, max(rooms)) if forgets else 0)
         guesses = [draft.guess(min(count, room)) for draft, room in zip(running, rooms, strict=True)]
         going_on = [np.array([draft.ids[-1], *guess]) for draft, guess in zip(running, guesses, strict=True)]
         ids_BS, new_BS = _masked(going_on, model.device)
@@ -173,16 +173,15 @@ def _read_prompts(
     from the system anew every time (12 prompts of 1,108 tokens, Gemma 3 270M in float32, one thread: 58 s at once, 44
     one by one).
     """
-    whole = slice(0, len(prompts))
-    parts = batches([len(ids) for ids in prompts], budget) if keeps_all(model) else [whole]
+    joins, whole = keeps_all(model), slice(0, len(prompts))
+    parts = batches([len(ids) for ids in prompts], budget) if joins else [whole]
     caches, chosen = [], list[list[int]]()
     for part in parts:
         caches.append(new_cache(model))
         ids_BS, mask_BS = _masked(prompts[part], model.device, left=True)
         chosen += _choose(model, head, last_layer, ids_BS, mask_BS, caches[-1], 1)
     _, mask_BL = _masked(prompts, model.device, left=True)
-    cache = joined(caches, mask_BL.shape[1]) if keeps_all(model) else caches[0]
-    return cache, mask_BL, chosen
+    return joined(caches, mask_BL.shape[1]) if joins else caches[0], mask_BL, chosen
 
 
 def _choose(
