@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +51,7 @@ StepName = Annotated[str, typer.Argument(metavar="LABEL|KEY", help="A step of th
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # scratch directories are cleared
+    before = signal.signal(signal.SIGTERM, partial(_told_to_end, os.getpid()))
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         sys.stdout.flush()
@@ -72,12 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(error, "format_message"):  # the command line's own complaint about an argument
             _end(error.format_message(), 2)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == 130:
         print(
             "stopped; what was published or printed is kept, and the same command goes on, or begins again",
             file=sys.stderr,
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told_to_end(process: int, number: int, _: object) -> None:
+    """An exit that clears scratch directories; a process forked from it (a pool's) ends at once, as it would alone."""
+    if os.getpid() != process:
+        os._exit(128 + number)
+    sys.exit(128 + number)
 
 
 def _unread() -> int:
