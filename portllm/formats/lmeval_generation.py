@@ -15,17 +15,8 @@ PLAIN = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "
          "forced_eos_token_id": None}  # fmt: skip
 """Settings that move a greedy choice, a task's or a generation_config.json's, and their values that do not; None does
 not, either."""
-_IDLE = {
-    "until",
-    "max_gen_toks",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "early_stopping",
-    "length_penalty",
-    "use_cache",
-}
+_IDLE = {"until", "max_gen_toks", "top_p", "top_k", "min_p", "typical_p", "early_stopping", "length_penalty",
+         "use_cache"}  # fmt: skip
 """What ends a text, what only sampling or several beams read, and what saves time."""
 
 

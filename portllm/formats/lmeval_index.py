@@ -121,45 +121,44 @@ def definition_files(path: Path, data: bool = True) -> Iterator[Path]:
 
     Directories among them are those in which a file added later would be read as well.
     """
-    for yaml_file in _yamls(path):
-        yield yaml_file
-        for module in _function_modules(yaml_file):
-            yield from _modules(yaml_file.parent / f"{module.replace('.', '/')}.py", set())
-    for _, file in _imported(path):
-        yield from _modules(file, set())
+    for file, modules in _yamls(path):
+        yield file
+        for module in modules:
+            if found := _beside(file, module) or _installed(module):
+                yield from _modules(found, set())
     if data:
         yield from local_data(merged_config(path))
 
 
-def _yamls(path: Path) -> Iterator[Path]:
-    """A definition and what it includes."""
-    yield path
-    for include in _list(read_yaml(path)[0].get("include")):
+def _yamls(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A definition and what it includes, each with the modules of its own `!function` names."""
+    config, functions = read_yaml(path)
+    yield path, list(dict.fromkeys(function.rpartition(".")[0] for function in functions))
+    for include in _list(config.get("include")):
         yield from _yamls(path.parent / include)
 
 
-def _function_modules(path: Path) -> list[str]:
-    """Modules of a YAML's own `!function` names."""
-    return list(dict.fromkeys(function.rpartition(".")[0] for function in read_yaml(path)[1]))
+def _beside(file: Path, module: str) -> Path | None:
+    found = file.parent / f"{module.replace('.', '/')}.py"
+    return found if found.is_file() else None
 
 
 def _imported(path: Path) -> Iterator[tuple[str, Path]]:
-    """(module, its file) of the `!function` names that lie beside no YAML: installed, or on Python's path.
-
-    lm-eval's own are left out: its version is in every key.
-    """
-    for file in _yamls(path):
-        for module in _function_modules(file):
-            beside = file.parent / f"{module.replace('.', '/')}.py"
-            if not beside.is_file() and module.partition(".")[0] != "lm_eval" and (found := _module_file(module)):
+    """(module, its file) of the `!function` names that lie beside no YAML."""
+    for file, modules in _yamls(path):
+        for module in modules:
+            if not _beside(file, module) and (found := _installed(module)):
                 yield module, found
 
 
-def _module_file(module: str) -> Path | None:
+def _installed(module: str) -> Path | None:
+    """The file of a module on Python's path; none of lm-eval's own, whose version is in every key."""
+    if module.partition(".")[0] == "lm_eval":
+        return None
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None  # building the task says so
+    except Exception:  # looking for it runs the packages around it; building the task says what is wrong
+        return None
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
