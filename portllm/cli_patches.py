@@ -232,6 +232,7 @@ def evaluate(
     """Score patches on tasks, the model loaded once: lm-eval's numbers, item by item. No study, no store."""
     from portllm.report.scores import score_notes, score_rows, score_text, write_items
     from portllm.work.cells import Asked, score
+    from portllm.work.groups import grouped
     from portllm.work.hub import model_directory
     from portllm.work.publishing import replacing
 
@@ -251,7 +252,7 @@ def evaluate(
                 failure = error  # what was scored is not lost
         for line in score_notes(found):
             print(line, file=sys.stderr)
-        rows = score_rows(model, mode, dtype, found)
+        rows = score_rows(model, mode, dtype, [*found, *grouped(asked, found)])
         print_json(rows) if json else print(score_text(rows))
         if items and table:
             write_items(found, table, items)

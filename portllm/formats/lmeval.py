@@ -1,6 +1,7 @@
 """lm-eval's tasks as this tool sees them: lm-eval stays the authority on prompts, targets, metrics and filters.
 
-    locate, expand, definition_digest     where a task is defined, and its identity         (`lmeval_index`)
+    locate, definition_digest             where a task is defined, and its identity         (`lmeval_index`)
+    members, expand                       what stands behind the name of a group or tag     (`lmeval_groups`)
     build                                 the task object, over local parquet files or a hub data set
     check                                 what a plan must know, and every refusal that can be known before spending
     instances                             evaluation requests as `lm_eval.simple_evaluate` builds them
@@ -25,7 +26,8 @@ from typing import Any, NamedTuple
 from portllm.errors import ResolveError
 from portllm.formats.lmeval_build import Task, TaskSource, build, data_directory, file_of, quiet
 from portllm.formats.lmeval_generation import new_tokens
-from portllm.formats.lmeval_index import cache_dir, definition_digest, expand, locate, merged_config
+from portllm.formats.lmeval_groups import Group, expand, members
+from portllm.formats.lmeval_index import cache_dir, definition_digest, locate, merged_config
 from portllm.formats.lmeval_nulls import null_in_texts
 from portllm.formats.lmeval_reading import (
     Reading,
@@ -38,9 +40,9 @@ from portllm.formats.lmeval_reading import (
 )
 
 __all__ = [
-    "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "data_directory", "definition_digest",
-    "doc_hash", "documents", "expand", "fold", "folded_prompts", "instances", "kind", "locate", "merged_config",
-    "primary", "prompt_hash", "prompts", "training_documents", "training_pairs",
+    "Group", "Pair", "TaskFacts", "TaskSource", "build", "cache_dir", "check", "data_directory", "definition_digest",
+    "doc_hash", "documents", "expand", "fold", "folded_prompts", "instances", "kind", "locate", "members",
+    "merged_config", "primary", "prompt_hash", "prompts", "training_documents", "training_pairs",
 ]  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from portllm.errors import PortllmError, ResolveError
 from portllm.formats.lmeval_data import brings_data
-from portllm.formats.lmeval_index import expand, locate, merged_config
+from portllm.formats.lmeval_groups import expand
+from portllm.formats.lmeval_index import locate, merged_config
 
 FEWSHOT_SEED = 1234
 """`simple_evaluate`'s default: few-shot examples are lm-eval's own."""

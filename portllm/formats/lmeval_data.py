@@ -91,8 +91,8 @@ def _is_local(path: str) -> bool:
 
 def _patterns(data_files: Any) -> Iterator[str]:
     """Paths, patterns and URLs of `data_files`: one, a list, by split, or a list of {split, path}."""
-    for value in data_files.values() if isinstance(data_files, dict) else _list(data_files):
-        yield from map(str, _list(value.get("path") if isinstance(value, dict) else value))
+    for value in data_files.values() if isinstance(data_files, dict) else as_list(data_files):
+        yield from map(str, as_list(value.get("path") if isinstance(value, dict) else value))
 
 
 def _local(pattern: str, start: Path | None) -> str | None:
@@ -143,5 +143,5 @@ def _told(*values: Any) -> Iterator[Path]:
             yield from (Path(p) for p in glob.glob(below, recursive=True) if _asked_for(p, value))
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -23,13 +23,12 @@ from typing import Any
 import yaml
 
 from portllm.errors import ResolveError
-from portllm.formats.lmeval_data import local_data
+from portllm.formats.lmeval_data import as_list, local_data
 
 # A literal newline, not ^ with re.M: half the time over 14,000 files.
 _KEYS = re.compile(rb"""\n["']?(task|group|class|tag|include)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)""")
 _PLAIN = re.compile(rb"[\w.-]+")
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+\.?(\w+)", re.M)
-_GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
 _SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
 
 
@@ -54,47 +53,13 @@ def locate(name: str, include_path: Path | None = None) -> Path:
 
     Raises ResolveError for an unknown name (with the nearest ones) and for a tag, which has no YAML.
     """
-    for root, index in _indexes(name, include_path):
+    for root, index in indexes(name, include_path):
         found = index.tasks.get(name) or index.groups.get(name)
         if found:
             return root / found
         if name in index.tags:
             raise ResolveError(f"`{name}` is a tag: name its tasks: {', '.join(sorted(index.tags[name]))}")
     raise ResolveError(_unknown(name, include_path))
-
-
-def expand(name: str, include_path: Path | None = None) -> list[str]:
-    """The tasks behind a task, group or tag name, as lm-eval orders them.
-
-    A group that changes its members (their few-shot count, say) is refused: a name alone cannot carry that.
-    """
-    for _, index in _indexes(name, include_path):
-        if name in index.tasks:
-            return [name]
-        if name in index.tags and name not in index.groups:
-            return sorted(index.tags[name])
-    path = locate(name, include_path)
-    config = merged_config(path)
-    if set(config) - _GROUP_KEYS:
-        raise ResolveError(_changes(name, ", ".join(sorted(set(config) - _GROUP_KEYS))))
-    return list(dict.fromkeys(_members(name, config.get("task"), include_path)))
-
-
-def _members(group: str, members: Any, include_path: Path | None) -> Iterator[str]:
-    for member in members if isinstance(members, list) else [members]:
-        if isinstance(member, str):
-            yield from expand(member, include_path)
-        elif isinstance(member, dict) and "group" in member and set(member) <= _GROUP_KEYS:
-            yield from _members(group, member.get("task"), include_path)
-        elif isinstance(member, dict) and "task" in member and set(member) <= {"task", "task_alias"}:
-            yield from expand(member["task"], include_path)
-        else:
-            raise ResolveError(_changes(group, str(member)[:80]))
-
-
-def _changes(group: str, what: str) -> str:
-    return (f"group `{group}` changes its members ({what}), and a name cannot carry that: name its tasks, and write "
-            f"those changes into definitions of your own (include_path)")  # fmt: skip
 
 
 def _sha256(path: Path) -> str:
@@ -134,7 +99,7 @@ def _yamls(path: Path) -> Iterator[tuple[Path, list[str]]]:
     """A definition and what it includes, each with the modules of its own `!function` names."""
     config, functions = read_yaml(path)
     yield path, list(dict.fromkeys(function.rpartition(".")[0] for function in functions))
-    for include in _list(config.get("include")):
+    for include in as_list(config.get("include")):
         yield from _yamls(path.parent / include)
 
 
@@ -197,16 +162,12 @@ def merged_config(path: Path) -> dict[str, Any]:
     """A task's YAML with what it includes, its own keys winning; nothing of it is run."""
     config = read_yaml(path)[0]
     merged: dict[str, Any] = {}
-    for include in _list(config.pop("include", None)):
+    for include in as_list(config.pop("include", None)):
         merged |= merged_config(path.parent / include)
     return merged | config
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _indexes(name: str, include_path: Path | None) -> Iterator[tuple[Path, Index]]:
+def indexes(name: str, include_path: Path | None) -> Iterator[tuple[Path, Index]]:
     """The indexes a name is looked up in, nearest first; lm-eval's own only if the caller asks for it."""
     if include_path is not None:
         if not include_path.is_dir():
@@ -216,7 +177,7 @@ def _indexes(name: str, include_path: Path | None) -> Iterator[tuple[Path, Index
 
 
 def _unknown(name: str, include_path: Path | None) -> str:
-    names = [n for _, index in _indexes(name, include_path) for n in (*index.tasks, *index.groups, *index.tags)]
+    names = [n for _, index in indexes(name, include_path) for n in (*index.tasks, *index.groups, *index.tags)]
     near = difflib.get_close_matches(name, names, 3)
     hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else "`lm-eval ls tasks` lists what there is"
     return f"lm-eval knows no task `{name}`: {hint}"

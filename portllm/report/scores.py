@@ -9,8 +9,8 @@ from portllm.report import text
 from portllm.store.results import COLUMNS
 
 
-class Scored(Protocol):
-    """One patch (or none) on one task, as `work.cells` yields it."""
+class Summed(Protocol):
+    """One patch (or none) on one task or group, as `work.cells` and `work.groups` yield it."""
 
     @property
     def patch(self) -> Path | None: ...
@@ -20,16 +20,21 @@ class Scored(Protocol):
     def task(self) -> str: ...
     @property
     def summary(self) -> dict[str, Any]: ...
+
+
+class Scored(Summed, Protocol):
+    """That of a task, with its documents."""
+
     @property
     def items(self) -> Any: ...
 
 
-def score_rows(model: str, apply: str, dtype: str, found: Iterable[Scored]) -> list[dict[str, Any]]:
-    """One row per cell and metric; a metric bears its filter's name where the task has several filters."""
+def score_rows(model: str, apply: str, dtype: str, found: Iterable[Summed]) -> list[dict[str, Any]]:
+    """One row per task or group and metric; a metric bears its filter's name where the task has several filters."""
     return [row for scored in found for row in _rows(model, apply, dtype, scored)]
 
 
-def _rows(model: str, apply: str, dtype: str, scored: Scored) -> Iterable[dict[str, Any]]:
+def _rows(model: str, apply: str, dtype: str, scored: Summed) -> Iterable[dict[str, Any]]:
     several = len({metric["filter"] for metric in scored.summary["metrics"]}) > 1
     for metric in scored.summary["metrics"]:
         known = {
@@ -49,7 +54,7 @@ def _rows(model: str, apply: str, dtype: str, scored: Scored) -> Iterable[dict[s
         yield {name: known.get(name) for name in COLUMNS}
 
 
-def score_notes(found: Iterable[Scored]) -> Iterator[str]:
+def score_notes(found: Iterable[Summed]) -> Iterator[str]:
     """What a reader of the scores must know: prompts cut to the window, batches that did not fit into memory."""
     for scored in found:
         cell = f"{scored.task}{f' with {scored.patch}' if scored.patch else ''}"
