@@ -20,7 +20,7 @@ def lock_path(study_file: Path) -> Path:
 
 
 def read_lock(study_file: Path) -> dict[str, str]:
-    """Pins by `model:ID` and `dataset:ID`; empty where there is no lock."""
+    """Pins by `model:ID`, `dataset:ID`, or either with `@TAG`; empty where there is no lock."""
     path = lock_path(study_file)
     if not path.is_file():
         return {}
@@ -35,25 +35,29 @@ def read_lock(study_file: Path) -> dict[str, str]:
 
 
 def hub_ids(study: Study, datasets: Mapping[str, str | None]) -> list[str]:
-    """Everything of a study that comes from the hub: `model:ID` or `dataset:ID`, unless pinned in the study itself.
+    """Everything of a study that comes from the hub, unless the study itself pins it: `model:ID` or `dataset:ID`, with
+    `@TAG` where the study names a tag or branch.
 
     `datasets`: task to its hub data set (`path:subset`), None where data are given.
     """
-    ids = [f"model:{m.hub}" for m in study.models.values() if m.hub and not pinned(m.revision)]
-    ids += [
-        f"model:{u.hub}" for line in study.lineages.values() for u in line.updates if u.hub and not pinned(u.revision)
-    ]
-    ids += [f"dataset:{c.hub}" for c in study.corpora.values() if c.hub and not pinned(c.revision)]
+    updates = [update for line in study.lineages.values() for update in line.updates]
+    ids = [_id("model", m) for m in (*study.models.values(), *updates) if m.hub and not pinned(m.revision)]
+    ids += [_id("dataset", c) for c in study.corpora.values() if c.hub and not pinned(c.revision)]
     ids += [f"dataset:{d.partition(':')[0]}" for d in datasets.values() if d]
     return list(dict.fromkeys(ids))
+
+
+def _id(kind: str, value: Any) -> str:
+    return f"{kind}:{value.hub}{f'@{value.revision}' if value.revision else ''}"
 
 
 def apply_lock(study: Study, pins: Mapping[str, str]) -> Study:
     """The study with its hub ids pinned where the lock knows them."""
 
     def pin(kind: str, value: Any) -> Any:
-        sha = pins.get(f"{kind}:{value.hub}")
-        return value.model_copy(update={"revision": sha}) if value.hub and sha and not pinned(value.revision) else value
+        if not value.hub or pinned(value.revision):
+            return value
+        return value.model_copy(update={"revision": pins.get(_id(kind, value), value.revision)})
 
     lineages = {
         name: line.model_copy(update={"updates": [pin("model", u) for u in line.updates]})
@@ -82,13 +86,14 @@ def _commit(name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    kind, _, repository = name.partition(":")
+    kind, _, at = name.partition(":")
+    repository, _, revision = at.partition("@")
     try:
-        info = HfApi().repo_info(repository, repo_type=kind, timeout=20)
+        info = HfApi().repo_info(repository, revision=revision or None, repo_type=kind, timeout=20)
     except OfflineModeIsEnabled:
-        raise ResolveError(f"{repository}: the hub is switched off (HF_HUB_OFFLINE); `lock` needs it") from None
+        raise ResolveError(f"{at}: the hub is switched off (HF_HUB_OFFLINE); `lock` needs it") from None
     except HfHubHTTPError as error:
-        raise ResolveError(f"{repository}: the hub refused: {str(error).splitlines()[0]}") from None
+        raise ResolveError(f"{at}: the hub refused: {str(error).splitlines()[0]}") from None
     except Exception as error:  # connection errors of whichever HTTP library the hub client uses
-        raise ResolveError(f"{repository}: the hub is out of reach ({type(error).__name__}); `lock` needs it") from None
+        raise ResolveError(f"{at}: the hub is out of reach ({type(error).__name__}); `lock` needs it") from None
     return str(info.sha)

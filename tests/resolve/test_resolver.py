@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from portllm.errors import ResolveError, SpecError
+from portllm.resolve.lock import write_lock
 from portllm.resolve.resolver import open_study
 from portllm.study.plan import make_plan
 from tests.toys import STUDY, write_corpus, write_model, write_parquet, write_patch, write_world
@@ -227,6 +229,32 @@ def test_a_lock_pins_what_the_study_leaves_open(copy):
     lock.write_text(json.dumps({"pins": {"model:a/b": "main"}}))
     with pytest.raises(ResolveError, match="not a full commit sha"):
         open_study(copy, ["models.m={hub: a/b}"])
+
+
+def test_tags_of_one_repository_are_pins_of_their_own(copy, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def repo_info(self, repository, *, revision, repo_type, timeout):
+        asked.append((repository, revision, repo_type))
+        return SimpleNamespace(sha=f"{len(asked)}" * 40)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    shape = "shape: mistral-7b-v0.1"
+    overrides = [
+        f"models.m={{hub: a/b, revision: step1, {shape}}}",
+        f"models.n={{hub: a/b, revision: step2, {shape}}}",
+        f"models.o={{hub: a/b, {shape}}}",
+    ]
+    ids = ["model:a/b@step1", "model:a/b@step2", "model:a/b"]
+    assert open_study(copy, overrides)[1].unpinned == tuple(ids)
+    write_lock(copy, ids)
+    assert asked == [("a/b", "step1", "model"), ("a/b", "step2", "model"), ("a/b", None, "model")]
+    study, facts = open_study(copy, overrides)
+    assert [study.models[name].revision for name in "mno"] == [f"{n}" * 40 for n in (1, 2, 3)] and not facts.unpinned
+    moved = open_study(copy, [f"models.m={{hub: a/b, revision: step3, {shape}}}"])[1]
+    assert moved.unpinned == ("model:a/b@step3",)
 
 
 def test_planning_imports_neither_torch_nor_ray(world, tmp_path):
