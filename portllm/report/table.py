@@ -171,7 +171,7 @@ def diagnosis_table(rows: Sequence[Mapping[str, Any]]) -> Group:
         table.add_column("patch")
         for words in DIAGNOSIS.values():
             table.add_column(words, justify="right", no_wrap=True)
-        for row in sorted(members, key=lambda row: (row["update_seed"], row["t"])):
+        for row in sorted(members, key=lambda row: (row["update_seed"] or 0, row["t"])):
             table.add_row(str(row["t"]), escape(_patch_name(row)), *(_number(row[name]) for name in DIAGNOSIS))
         tables.append(table)
     words = (

@@ -134,11 +134,14 @@ Read = Callable[[str, str | None], Scores | None]
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[Group, dict[str, list[Row]]]]:
-    """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype."""
+    """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype.
+
+    A row without a number (lm-eval's aggregation was not finite) counts as not run.
+    """
     bare: dict[tuple[Any, ...], list[Row]] = {}
     groups: dict[Group, dict[str, list[Row]]] = {}
     seen: dict[str, int] = {}
-    for row in (r for r in rows if r["primary"] and r["arm"] in ARMS):
+    for row in (r for r in rows if r["primary"] and r["arm"] in ARMS and r["value"] is not None):
         for name in (row["model"], row["lineage"], row["task"]):
             seen.setdefault(name, len(seen))
         place = (row["model"], row["lineage"], row["t"], row["task"], row["num_fewshot"])

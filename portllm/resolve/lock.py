@@ -41,8 +41,9 @@ def hub_ids(study: Study, datasets: Mapping[str, str | None]) -> list[str]:
     `datasets`: task to its hub data set (`path:subset`), None where data are given.
     """
     updates = [update for line in study.lineages.values() for update in line.updates]
-    ids = [_id("model", m) for m in (*study.models.values(), *updates) if m.hub and not pinned(m.revision)]
-    ids += [_id("dataset", c) for c in study.corpora.values() if c.hub and not pinned(c.revision)]
+    named: list[tuple[str, Any]] = [("model", value) for value in (*study.models.values(), *updates)]
+    named += [("dataset", corpus) for corpus in study.corpora.values()]
+    ids = [_id(kind, value) for kind, value in named if value.hub and not pinned(value.revision)]
     ids += [f"dataset:{d.partition(':')[0]}" for d in datasets.values() if d]
     return list(dict.fromkeys(ids))
 

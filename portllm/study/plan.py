@@ -54,7 +54,7 @@ class _Planner:
         self.steps: dict[str, Step] = {}
         self.givens: dict[str, Given] = {}
         self.cells: dict[Cell, None] = {}
-        self.diagnoses: list[Diagnosis] = []
+        self.diagnoses: dict[Diagnosis, None] = {}
         self.version_zero: dict[str, Version] = {}
         self._layout = cache(lambda stage, lora=False: layout_of(stage, study, facts, lora))
 
@@ -97,11 +97,12 @@ class _Planner:
     def _cells(
         self, lineage: str, update_seed: int, zero: Version, version: Version, task: Task, mode: ApplyMode
     ) -> None:
-        for arm in self.study.arms:
+        modes = self.study.evaluate.apply
+        for arm in self.study.arms if mode == modes[0] else [arm for arm in self.study.arms if arm != "none"]:
             for source, patches, rank, seed in self._patches(lineage, update_seed, arm, zero, version, task):
                 model = self.study.lineages[lineage].model
                 label = f"{self._name(lineage, version, update_seed)} {task.task} {arm}{_suffix(rank, seed)}"
-                label += f" {mode}" if len(self.study.evaluate.apply) > 1 and patches else ""
+                label += f" {mode}" if len(modes) > 1 and patches else ""
                 step = self._evaluate(version, patches, task, mode, label, model)
                 facts = self.facts.tasks[task.task]
                 self.cells[
@@ -110,7 +111,7 @@ class _Planner:
                         lineage=lineage,
                         t=version.t,
                         update=version.update,
-                        update_seed=update_seed if version.t else None,
+                        update_seed=update_seed if version.trained else None,
                         task=task.task,
                         num_fewshot=facts.num_fewshot if task.num_fewshot is None else task.num_fewshot,
                         arm=arm,
@@ -130,7 +131,7 @@ class _Planner:
         """A version in labels; θ₀ belongs to the model, not to a lineage."""
         if not version.t:
             return f"{self.study.lineages[lineage].model} t=0"
-        several = len(self.study.lineages[lineage].seeds) > 1
+        several = version.trained and len(self.study.lineages[lineage].seeds) > 1
         return f"{lineage}{f' u{update_seed}' if several else ''} t={version.t}"
 
     def _of(self, version: Version) -> str:
@@ -182,8 +183,9 @@ class _Planner:
             model = self.study.lineages[lineage].model
             label = f"diagnose {self._name(lineage, version, update_seed)} {task.task}{_suffix(rank, seed)}"
             key = self._add("diagnose", r.Diagnose(), inputs, label, model=model, task=task.task)
-            at = (model, lineage, version.t, version.update, update_seed, task.task, rank, seed)
-            self.diagnoses.append(Diagnosis(*at, key))
+            trained_with = update_seed if version.trained else None
+            at = (model, lineage, version.t, version.update, trained_with, task.task, rank, seed)
+            self.diagnoses[Diagnosis(*at, key)] = None
 
     # --- steps
 
@@ -284,7 +286,7 @@ class _Planner:
             "update",
             recipe,
             inputs,
-            "update " + self._name(lineage, replace(version, t=t), seed),
+            "update " + self._name(lineage, replace(version, t=t, update=update.method), seed),
             self._layout("update", lora is not None),
             lineage=lineage,
             t=t,

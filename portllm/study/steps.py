@@ -76,6 +76,11 @@ class Version:
         return self.deltas[-1] if self.deltas else self.root
 
     @property
+    def trained(self) -> bool:
+        """Whether the study trained it: each update seed then has its own. θ₀ and a given version are every seed's."""
+        return self.update in ("lora", "full")
+
+    @property
     def inputs(self) -> dict[str, str]:
         """Roles of a step that opens this version."""
         return {"root": self.root} | {f"delta{i}": key for i, key in enumerate(self.deltas, 1)}
@@ -111,7 +116,8 @@ class Diagnosis:
     lineage: str
     t: int
     update: str | None
-    update_seed: int
+    update_seed: int | None
+    """None at a given version, which every update seed shares."""
     task: str
     rank: int | None
     seed: int | None

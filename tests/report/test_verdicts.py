@@ -94,6 +94,13 @@ def test_ranks_and_apply_modes_have_verdicts_of_their_own_with_the_same_none(mad
     assert {(v.rank, v.apply) for v in found} == {(8, "merged"), (16, "merged"), (8, "adapter")}
 
 
+def test_a_cell_without_a_number_is_as_if_it_were_not_run(made_up: MadeUp) -> None:
+    odd = {row["key"] for row in made_up.rows if row["arm"] == "refit" and row["t"] == 1}
+    rows = [{**row, "value": None} if row["key"] in odd else row for row in made_up.rows]
+    without = [row for row in made_up.rows if row["key"] not in odd]
+    assert odd and verdicts(rows, made_up.items) == verdicts(without, made_up.items)
+
+
 def test_secondary_metrics_do_not_decide(made_up: MadeUp) -> None:
     more = [{**row, "primary": False, "metric": "acc_norm", "value": 0.0} for row in made_up.rows]
     plain = verdicts(made_up.rows, made_up.items)

@@ -198,6 +198,31 @@ def test_update_seeds_make_lineages_of_their_own():
     assert len(cells(found, lineage="soft", t=0, arm="none", task="easy")) == 1
 
 
+def test_a_given_version_is_one_replicate_whatever_update_seeds_train_what_follows():
+    asked = study(TEXT, "lineages.soft.seeds=[0, 7]", "lineages.soft.updates[0].steps=1", "diagnose=true")
+    line = asked.lineages["soft"]
+    first = line.updates[0].model_validate({"path": "v1"})
+    asked = asked.model_copy(update={"lineages": {"soft": line.model_copy(update={"updates": [first, *line.updates]})}})
+    version = replace(facts().models["m"], root=given("model", "v1"))
+    found = make_plan(asked, facts(versions={("soft", 0): version}))
+    for t, seeds in ((0, {None}), (1, {None}), (2, {0, 7})):
+        assert {c.update_seed for c in cells(found, t=t)} == seeds
+        assert {d.update_seed for d in found.diagnoses if d.t == t} == (seeds if t else set())
+        kinds = Counter((c.task, c.arm, c.seed) for c in cells(found, t=t))
+        assert set(kinds.values()) == {len(seeds)}
+    at = cells(found, t=1)
+    assert len({c.key for c in at}) == len(at)
+    assert not any(" u0 " in found.steps[c.key].label for c in at)
+    assert len(set(found.diagnoses)) == len(found.diagnoses) == (1 + 2) * 4
+
+
+def test_a_version_without_a_patch_is_scored_once_for_all_apply_modes():
+    found = plan("evaluate.apply=[merged, adapter]")
+    assert Counter((c.arm, c.apply) for c in cells(found, lineage="soft", t=1, task="easy")) == {
+        ("none", "merged"): 1, **{(arm, mode): 2 for arm in ("port", "refit") for mode in ("merged", "adapter")}
+    }  # fmt: skip
+
+
 def test_excluded_documents_are_part_of_the_corpus():
     corpus = CorpusFacts(given("corpus", "c"), format="parquet", rows=10, excluded=(3,))
     old, new = plan(), plan(corpora={"c": corpus})
