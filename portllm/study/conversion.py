@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from portllm.errors import SpecError
 from portllm.study import recipes as r
+from portllm.study.complaints import did_you_mean
 from portllm.study.facts import Facts
 from portllm.study.own_deepspeed import laid_over
 from portllm.study.resources import Layout
@@ -58,9 +59,10 @@ def layout_of(stage: str, study: Study, facts: Facts, lora: bool = False) -> Lay
 
 
 def with_members(study: Study, groups: Mapping[str, Sequence[str]]) -> Study:
-    """The study with the tasks of each group or tag in its place, each with the group's settings.
+    """The study with the tasks of each group or tag in its place, each with the group's settings, patches and exports.
 
-    Raises SpecError where a task then stands twice.
+    A task's own patches come instead of its group's. Raises SpecError where a task then stands twice, a patch is for no
+    task, or nothing says how a patch is trained.
     """
     tasks = [
         task.model_copy(update={"task": member})
@@ -70,4 +72,22 @@ def with_members(study: Study, groups: Mapping[str, Sequence[str]]) -> Study:
     names = [task.task for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SpecError(f"tasks: `{twice}` stands twice, by itself or in groups")
-    return study.model_copy(update={"tasks": tasks})
+    spread = {member: given for name, given in study.patches.items() for member in groups.get(name, [])}
+    patches = spread | {name: given for name, given in study.patches.items() if name not in groups}
+    export = [
+        choice.model_copy(update={"task": member})
+        for choice in study.export
+        for member in groups.get(choice.task or "", [choice.task])
+    ]
+    study = study.model_copy(update={"tasks": tasks, "patches": patches, "export": export})
+    _check_patches(study, names)
+    return study
+
+
+def _check_patches(study: Study, names: Sequence[str]) -> None:
+    for task in study.patches:
+        if task not in names:
+            raise SpecError(f"patches.{task}: `{task}` is not defined{did_you_mean(task, names)}")
+    trained = {"refit", "warm"} & set(study.arms) or ("port" in study.arms and set(names) - set(study.patches))
+    if trained and study.finetune is None:
+        raise SpecError("finetune: arms port, warm and refit train patches: give finetune")

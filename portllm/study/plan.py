@@ -55,6 +55,7 @@ class _Planner:
         self.givens: dict[str, Given] = {}
         self.cells: dict[Cell, None] = {}
         self.diagnoses: dict[Diagnosis, None] = {}
+        self.exported: set[ExportChoice] = set()
         self.version_zero: dict[str, Version] = {}
         self._layout = cache(lambda stage, lora=False: layout_of(stage, study, facts, lora))
 
@@ -62,6 +63,7 @@ class _Planner:
         for name, lineage in self.study.lineages.items():
             for seed in lineage.seeds:
                 self._lineage(name, seed)
+        self._check_exports()
         priced = {key: replace(step, cost=cost(step, self.facts, self.steps)) for key, step in self.steps.items()}
         return Plan(
             self.study.name,
@@ -449,10 +451,20 @@ class _Planner:
         patches: tuple[str, ...],
     ) -> None:
         at = {"lineage": lineage, "t": version.t, "task": task.task, "arm": arm, "rank": rank, "seed": seed}
-        if any(_matches(choice, at) for choice in self.study.export):
+        chosen = [choice for choice in self.study.export if _matches(choice, at)]
+        self.exported.update(chosen)
+        if chosen:
             inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
             label = f"export {lineage} t={version.t} {task.task} {arm}"
             self._add("export", r.Export(scales=(1.0,) * len(patches)), inputs, label, Layout(), **at)
+
+    def _check_exports(self) -> None:
+        for choice in self.study.export:
+            if choice not in self.exported:
+                said = choice.model_dump(exclude_none=True)
+                nowhere = [name for name, value in said.items() if all(getattr(c, name) != value for c in self.cells)]
+                names = ", ".join(f"{name} {said[name]}" for name in nowhere or said)
+                raise SpecError(f"export: no planned cell has {names}")
 
 
 def _slice(position: dict[str, int], corpus: str, tokens: int) -> r.Slice:

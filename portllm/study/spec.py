@@ -448,8 +448,7 @@ def _check_tasks(study: Study, document: Document) -> None:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise SpecError(f"{document.where(('tasks', i))}: task `{name}` stands twice")
-    for task, patches in study.patches.items():
-        _known(task, names, ("patches", task), document)
+    for task, patches in study.patches.items():  # whether there is such a task is known once groups are (`conversion`)
         for i, patch in enumerate(patches):
             if patch.model is not None:
                 _known(patch.model, study.models, ("patches", task, i, "model"), document)
@@ -457,9 +456,6 @@ def _check_tasks(study: Study, document: Document) -> None:
         raise SpecError(f"{document.where(('arms',))}: an arm stands twice")
     if study.diagnose and "port" not in study.arms:
         raise SpecError(f"{document.where(('diagnose',))}: is of ported patches: add arm port, or leave it out")
-    trained = {"refit", "warm"} & set(study.arms) or ("port" in study.arms and set(names) - set(study.patches))
-    if trained and study.finetune is None:
-        raise SpecError(f"{document.where(('finetune',))}: arms port, warm and refit train patches: give finetune")
 
 
 def _known(word: str, known: Any, location: Location, document: Document) -> None:

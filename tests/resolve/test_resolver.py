@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -51,6 +52,8 @@ def keys(file, *overrides):
         ("tasks=[{task: mood, include_path: nowhere}]", "include_path"),
         ("data_root=model", "has no directory `mood`"),
         ("patches={mood: model}", "patches"),
+        ("patches={moood: patch}", r"patches\.moood: `moood` is not defined; did you mean `mood`"),
+        ("finetune=null", "finetune: arms port, warm and refit train patches: give finetune"),
         ("lineages.soft.updates=[{path: data}]", r"lineages\.soft\.updates\[0\]\.path|weights"),
     ],
 )
@@ -421,6 +424,38 @@ def test_relative_data_of_a_definition_are_looked_for_anew_from_another_director
     write_parquet(copy.parent / "other/data/mood/validation.parquet", [{"sentence": "it was good", "label": 1}])
     monkeypatch.chdir(copy.parent / "other")
     assert keys(copy) != before
+
+
+def test_patches_and_exports_of_a_group_are_those_of_its_tasks(copy):
+    (copy.parent / "tasks" / "both.yaml").write_text("group: both\ntask: [mood, tone]\n")
+    for seed, name in enumerate(("patch", "other")):
+        write_patch(copy.parent / name, copy.parent / "model", seed)
+    group = ["tasks=[{task: both, include_path: tasks}]", "arms=[none, port]", "finetune=null"]
+
+    def planned(*overrides):
+        found = make_plan(*open_study(copy, [*group, *overrides]))
+        assert "finetune" not in {step.stage for step in found.steps.values()}
+        roots = {given.key: Path(given.path).name for given in found.givens.values()}
+        return found, {cell.task: roots[cell.patches[0]] for cell in found.cells if cell.arm == "port"}
+
+    found, patches = planned("patches={both: patch}", "export=[{task: both, arm: port, t: 1}]")
+    assert patches == {"mood": "patch", "tone": "patch"}
+    assert len([step for step in found.steps.values() if step.stage == "export"]) == 1  # the same weights for both
+    assert planned("patches={both: patch, tone: other}")[1] == {"mood": "patch", "tone": "other"}
+    assert planned("patches={mood: other, tone: patch}")[1] == {"mood": "other", "tone": "patch"}
+    with pytest.raises(SpecError, match="finetune: arms port, warm and refit train patches"):
+        planned("patches={mood: other}")
+
+
+def test_an_export_of_nothing_is_an_error(copy):
+    for export, said in (
+        ("{task: moood}", "task moood"),
+        ("{t: 9, arm: port}", "t 9"),
+        ("{arm: none, seed: 0}", "arm none, seed 0"),
+    ):
+        with pytest.raises(SpecError, match=f"export: no planned cell has {said}$"):
+            keys(copy, f"export=[{export}]")
+    assert keys(copy, "export=[{arm: none, t: 1}]")
 
 
 def test_a_group_edited_in_place_is_seen_at_once(copy):

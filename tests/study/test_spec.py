@@ -39,10 +39,8 @@ from tests.study.worlds import TEXT, study
         ("models.m.hub=a/b", "exactly one of path, hub, gguf, init; found path and hub"),
         ("lineages.soft.updates[0].method=null", "an update needs method"),
         ("tasks=[easy, easy]", "task `easy` stands twice"),
-        ("patches={other: dir}", "`other` is not defined"),
         ("arms=[none, prot]", r"arms\[1\]"),
         ("arms=[none, none]", "an arm stands twice"),
-        ("finetune=null", "arms port, warm and refit train patches: give finetune"),
         ("evaluate.apply=glued", r"evaluate\.apply"),
         ("resources.evaluate.workers=2", "evaluators are as many as the cluster holds"),
         ("corpora.c={path: c.jsonl}", "name the column"),
@@ -66,12 +64,6 @@ def test_a_task_or_model_may_change_the_fine_tuning():
         [2],
         5e-4,
         [1, 2],
-    )
-
-
-def test_given_patches_alone_need_no_finetune():
-    assert (
-        study(TEXT, "finetune=null", "arms=[none, port]", "patches={easy: p, hard: [p]}").patches["hard"][0].path == "p"
     )
 
 
