@@ -437,7 +437,7 @@ def _store(study: Study, file: Path, option: Path | None) -> Store:
     """`--store` or PORTLLM_STORE, else the study's, else ./portllm-store."""
     from portllm.store.store import Store
 
-    chosen = option or (file.parent / study.store if study.store else Path("portllm-store"))
+    chosen = option or (file.parent / Path(study.store).expanduser() if study.store else Path("portllm-store"))
     if ":/" in str(chosen):
         raise SpecError(f"store {chosen}: a store is a directory; object storage is not supported yet")
     if chosen.exists() and not chosen.is_dir():

@@ -62,7 +62,7 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
         run_config=RunConfig(
             name=job.step.key[:16],
             storage_path=str(_train_directory(store)),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
     trainer.fit()
@@ -112,11 +112,15 @@ def _cuda() -> bool:
 
 
 class WorkerDied(EngineError):
-    """A rank's process ended: nothing about the step."""
+    """A rank's process ended, or could not be started: nothing about the step."""
 
 
 def _cause(error: BaseException) -> BaseException:
     """The ranks' own error inside Ray Train's. Where one died, the others' broken connections tell nothing."""
+    if start := getattr(error, "controller_failure", None):
+        began = type(start).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
+        said = f"the ranks of the training did not start: {str(start).strip().splitlines()[0]}"
+        return WorkerDied(said) if began else start
     failures = getattr(error, "worker_failures", None) or {}
     causes = [_inner(failure) for failure in failures.values()]
     told = next((cause for cause in causes if isinstance(cause, PortllmError)), None)

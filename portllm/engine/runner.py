@@ -223,7 +223,7 @@ class Runner:
             del self.watches[step.key]
             outcome = self._outcome(reference, holder, step)
             self._release(holder, outcome)
-            if not outcome.pid:
+            if not outcome.pid or (outcome.failure and outcome.failure.type in (DIED, PREEMPTED)):
                 self._look_again()
             self._account(step, holder, outcome)
 

@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import EngineError, SpecError
+from portllm.formats.lmeval_build import data_directory
+from portllm.formats.lmeval_groups import expand
 from portllm.study.spec import Study, load
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ NEVER_UPLOADED = (
     "portllm-store",
     "*.pyc",
 )
-_PATH_FIELDS = ("path", "gguf", "include_path", "shape")
+_PATH_FIELDS = ("path", "gguf", "include_path", "shape", "deepspeed")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 1.0
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -221,15 +223,22 @@ def _here(base: Path, study: Study, store: str | None) -> Path | str:
         return store
     if store:
         return Path(store).resolve()
-    return (base / study.store).resolve() if study.store else Path("portllm-store").resolve()
+    return (base / Path(study.store).expanduser()).resolve() if study.store else Path("portllm-store").resolve()
 
 
-def named_paths(study: Study) -> Iterator[tuple[str, str]]:
-    """(field, path) of every file or directory a study names; the tasks' own folders for `data_root`."""
+def named_paths(study: Study, base: Path) -> Iterator[tuple[str, str]]:
+    """(field, path) of every file or directory a study in `base` names; the tasks' own folders for `data_root`."""
     if study.data_root is not None:
-        for task in study.tasks:
-            yield "data_root", f"{study.data_root}/{task.task}"
+        yield from (("data_root", f"{study.data_root}/{task}") for task in _tasks_with_data(study, base))
     yield from _paths_in(study.model_dump(exclude_none=True, exclude={"data_root", "store"}), "")
+
+
+def _tasks_with_data(study: Study, base: Path) -> Iterator[str]:
+    """Tasks, those of groups too, that have a folder in a `data_root` on this machine."""
+    root = base / Path(study.data_root or "").expanduser()
+    for task in study.tasks if root.is_relative_to(base) else ():
+        include = base / Path(task.include_path).expanduser() if task.include_path else None
+        yield from (member for member in expand(task.task, include) if data_directory(root, member, include))
 
 
 def _paths_in(value: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -248,7 +257,7 @@ def _paths_in(value: Any, where: str) -> Iterator[tuple[str, str]]:
 def _named_below(file: Path, base: Path, study: Study) -> list[Path]:
     """Existing files and folders a study names by relative paths; absolute ones are the cluster's."""
     found = []
-    for field, text in named_paths(study):
+    for field, text in named_paths(study, base):
         path = Path(text).expanduser()
         if path.is_absolute():
             continue

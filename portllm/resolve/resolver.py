@@ -111,13 +111,12 @@ def _screened(
     result = {}
     at_the_hub = any(task.data is None and task.dataset for task in tasks.values())
     for name, facts in corpora.items():
-        if at_the_hub:  # nothing to screen against yet: the corpus step does it, from the tasks' requests
-            facts = replace(facts, screened=False)
         if facts.screened:
             corpus = study.corpora[name]
             content = [facts.source.key if facts.source else "", corpus.model_dump(mode="json"), evaluated]
             facts = _cached(content, facts, lambda c=corpus, f=facts, n=name: screened(n, c, f, prompts))  # type: ignore[misc]
-        result[name] = facts
+        # Prompts of tasks at the hub are not known yet: the corpus step screens once more, from the tasks' requests.
+        result[name] = replace(facts, screened=facts.screened and not at_the_hub)
     return result
 
 

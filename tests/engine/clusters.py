@@ -24,17 +24,22 @@ def cluster(nodes, dashboard=True):
         started.shutdown()
 
 
+def spawned(address, *arguments):
+    """`portllm` against a cluster, in a process of its own."""
+    words = [sys.executable, "-m", "portllm", *map(str, arguments)]
+    env = os.environ | {"RAY_ADDRESS": address}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
 def run(address, *arguments, code=0):
-    """`portllm` against a cluster, in a process of its own; returns standard output."""
-    found = subprocess.run(
-        [sys.executable, "-m", "portllm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"RAY_ADDRESS": address},
-        timeout=420,
-    )
-    assert found.returncode == code, f"{found.stdout[-2000:]}\n{found.stderr[-6000:]}"
-    return found.stdout
+    """The same to its end; returns standard output."""
+    with spawned(address, *arguments) as process:
+        try:
+            output, error = process.communicate(timeout=420)
+        finally:
+            process.kill()
+    assert process.returncode == code, f"{output[-2000:]}\n{error[-6000:]}"
+    return output
 
 
 def events(address):

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from portllm.engine import submit as sut
-from portllm.errors import EngineError, SpecError
+from portllm.errors import EngineError, ResolveError, SpecError
 from portllm.study.spec import Study, load
 
 STUDY = """
@@ -49,6 +50,25 @@ def test_the_study_its_lock_and_what_it_names_travel_and_nothing_else(tmp_path: 
     names = {str(f.relative_to(tmp_path)) for f in package.files}
     assert names == {"study.yaml", "study.lock.json", "corpus.jsonl", "model/config.json", "data/sst2/train.parquet"}
     assert package.study == "study.yaml" and package.store == "/mnt/store"
+
+
+def test_groups_travel_as_their_tasks_and_a_deepspeed_configuration_with_its_study(tmp_path: Path) -> None:
+    file, _ = write_study(tmp_path)
+    own = {"task": "own", "dataset_path": "parquet", "dataset_kwargs": {"data_files": {"validation": "/mnt/v.parquet"}}}
+    for name, content in (
+        ("tasks/both.yaml", {"group": "both", "task": ["sst2", "rte", "own"]}),
+        ("tasks/own.yaml", own),
+        ("ds.json", {}),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+    asked = ["tasks=[{task: both, include_path: tasks}]", "resources={finetune: {deepspeed: ds.json}}"]
+    package = sut.pack(file, load(file.read_text(), str(file), asked)[0], "/mnt/store", shared=False)
+    names = {str(f.relative_to(tmp_path)) for f in package.files}
+    assert names == {"study.yaml", "study.lock.json", "corpus.jsonl", "model/config.json", "ds.json", "tasks/both.yaml",
+                     "tasks/own.yaml", "data/sst2/train.parquet", "data/rte/train.parquet"}  # fmt: skip
+    with pytest.raises(ResolveError, match="has no directory `wnli`"):
+        sut.pack(file, load(file.read_text(), str(file), ["tasks=[wnli]"])[0], "/mnt/store", shared=False)
 
 
 def test_the_package_keeps_every_file_in_its_place(tmp_path: Path) -> None:
@@ -180,3 +200,13 @@ def test_a_job_that_is_not_ours_is_listed_without_a_study() -> None:
     )
     job = sut._job(details)
     assert (job.study, job.status, job.wall_s) == ("", "STOPPED", 2.0)
+
+
+def test_a_store_below_the_home_directory_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from portllm.cli import _store
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file, _ = write_study(tmp_path)
+    study = load(file.read_text(), str(file), ["store=~/results"])[0]
+    assert sut.pack(file, study, None, shared=True).store == str(tmp_path / "home/results")
+    assert _store(study, file, None).root == tmp_path / "home/results"

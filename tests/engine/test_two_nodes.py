@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.engine.clusters import cluster, events, run
+from tests.engine.clusters import cluster, events, run, spawned
 from tests.toys import STUDY, write_world
 
 WIDE = (
@@ -92,3 +92,26 @@ def test_a_gang_of_four_spans_both_nodes(ran):
     for group in wide:
         nodes = [group["bundles_to_node_id"][i] for i, b in group["bundles"].items() if b.get("GPU")]
         assert len(nodes) == 4 and len(set(nodes)) == 2
+
+
+@pytest.mark.long
+def test_a_gang_whose_node_is_lost_waits_for_none_and_goes_on_once_there_is_another(tmp_path):
+    study = write_world(tmp_path / "w", STUDY + "tracking: {enabled: false}\n")
+    store = tmp_path / "s"
+    command = ["run", study, "--store", store, "--yes", "-o", "arms=[port]", "-o", "lineages={a: {model: m}}",
+               "-o", "finetune={rank: 2, learning_rate: 1e-3, steps: 600, batch: 4}",
+               "-o", "resources={finetune: {workers: 2, checkpoint_s: 0.01}}"]  # fmt: skip
+    with cluster([{"num_cpus": 1}], dashboard=False) as ray_cluster:
+        lost = ray_cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        with spawned(ray_cluster.address, *command) as process:
+            deadline = time.monotonic() + 120
+            while not list(store.glob("work/*/step-*-of-*")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            ray_cluster.remove_node(lost)
+            _, error = process.communicate(timeout=120)
+        assert process.returncode == 1 and "WorkerDied" in error, error
+        assert "no node is left that could run one" in error
+        ray_cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        run(ray_cluster.address, *command)
+    (record,) = (json.loads(path.read_text()) for path in store.glob("artifacts/finetune/*/record.json"))
+    assert record["summary"]["resumed"] and record["summary"]["world"] == 2

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -406,6 +407,18 @@ def test_data_that_a_definition_names_must_exist_unless_the_study_gives_others(c
         open_study(own_data(copy, "{data_files: {validation: '{d}/none.parquet'}}"))
     (copy.parent / "data" / "own").symlink_to(copy.parent / "data" / "mood")
     assert open_study(copy, ["data_root=data"])[1].tasks["own"].documents
+
+
+def test_a_task_at_the_hub_takes_no_screening_of_what_is_at_hand_away(copy):
+    own_data(copy, "{data_dir: '{d}'}")
+    row = pq.read_table(copy.parent / "data" / "mood" / "validation.parquet").to_pylist()[3]
+    prompt = f"{row['sentence']} question : positive or negative ? answer :"
+    write_corpus(copy.parent / "corpus.txt", documents=50, extra=(f"hello {prompt} bye",))
+    copy.write_text(copy.read_text() + "corpora: {c: {path: corpus.txt}}\n")
+    alone = open_study(copy)[1].corpora["c"]
+    beside = open_study(copy, ["tasks=[{task: own, include_path: tasks}, arc_easy]"])[1].corpora["c"]
+    assert alone.excluded == (50,) and alone.screened
+    assert beside == replace(alone, screened=False)
 
 
 def test_a_local_directory_as_a_data_set_is_not_the_hubs(copy):
