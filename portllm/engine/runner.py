@@ -135,8 +135,8 @@ class Runner:
         for slot in self.slots:
             if slot.step is None:
                 self._feed(slot)
-        while (size := self._wanted_size()) and (node := self._make_room(size)):
-            self._feed(self._start(node, size))
+        while worker := self._next_worker():
+            self._feed(self._start(*worker))
 
     def _feed(self, slot: Slot) -> None:
         served = {s.step.version for s in self.slots if s.step and s.step.stage == "evaluate" and s.step.version}
@@ -153,20 +153,32 @@ class Runner:
         self.schedule.start(step)
         self.watches[step.key] = Watch(self.store.paths.watch(step.key))
 
-    def _wanted_size(self) -> Size | None:
-        """Size of a worker that more ready steps ask for than idle workers of that size could take."""
-        idle = [s.size for s in self.slots if s.step is None]
-        wanted = self.schedule.sizes_wanted()
-        return next((size for size, count in wanted.items() if count > idle.count(size)), None)
+    def _next_worker(self) -> tuple[str, Size] | None:
+        """A node and a size that is wanted. One that finds no room now keeps its place before those behind it.
 
-    def _make_room(self, size: Size) -> str | None:
-        """A node with room for a worker, retiring idle workers of other sizes if that makes the difference."""
-        if nodes := self.budget.place([size]):
+        So trainings that wait for a GPU leave CPUs to evaluations, and none that waits for CPUs is overtaken for ever.
+        """
+        kept = Size(0, 0)
+        for size in self._wanted_sizes():
+            if node := self._make_room(size, Size(kept.cpus, kept.gpus if size.gpus else 0)):
+                return node, size
+            if self.budget.can_ever([size]):
+                kept = Size(max(kept.cpus, size.cpus), max(kept.gpus, size.gpus))
+        return None
+
+    def _wanted_sizes(self) -> list[Size]:
+        """Sizes of workers that more ready steps ask for than idle workers of that size could take."""
+        idle = [s.size for s in self.slots if s.step is None]
+        return [size for size, count in self.schedule.sizes_wanted().items() if count > idle.count(size)]
+
+    def _make_room(self, size: Size, kept: Size) -> str | None:
+        """A node with room for a worker beside what is kept, retiring idle ones of other sizes if that helps."""
+        if nodes := self.budget.place([size + kept]):
             return nodes[0]
         idle = [s for s in self.slots if s.step is None and s.size != size]
-        if not self.budget.place([size], _by_node(idle)):
+        if not self.budget.place([size + kept], _by_node(idle)):
             return None
-        while not (nodes := self.budget.place([size])):
+        while not (nodes := self.budget.place([size + kept])):
             self._retire(idle.pop())
         return nodes[0]
 
