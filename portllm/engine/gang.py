@@ -22,6 +22,8 @@ RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # not 2: how late the end of a training is seen
 }
 """Ray Train's settings, where the user's environment has none."""
+NO_RETRIES: dict[str, Any] = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": 0}
+"""The engine decides (`engine/failures.py`): Ray Train alone would wait for a lost node's ranks for ever."""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -62,7 +64,7 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
         run_config=RunConfig(
             name=job.step.key[:16],
             storage_path=str(_train_directory(store)),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(**NO_RETRIES),
         ),
     )
     trainer.fit()

@@ -49,7 +49,7 @@ class Document:
         if not parts or parts[0] not in self.data:
             return f"{self.name}: {message}"
         location = tuple(int(p[1:-1]) if p.startswith("[") else p for p in parts)
-        return f"{self.place(location)}: {message}"
+        return f"{self.place(named(self.data, location))}: {message}"
 
 
 def dotted(location: Location) -> str:
@@ -85,6 +85,7 @@ def parse(text: str, name: str) -> Document:
         try:
             node = loader.get_single_node()
             lines: dict[Location, int] = {}
+            _refuse_twice(node, (), name, set())
             data = _construct(loader, node, (), lines, name) if node is not None else {}
         finally:
             loader.dispose()
@@ -99,6 +100,24 @@ def parse(text: str, name: str) -> Document:
     return Document(name, data, lines)
 
 
+def _refuse_twice(node: Any, at: Location, name: str, seen: set[int]) -> None:
+    """SpecError for a key that a mapping itself holds twice; one that it takes over with `<<` may be given anew."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            _refuse_twice(child, (*at, i), name, seen)
+        return
+    keys: set[str] = set()
+    for key, value in node.value:
+        word = str(key.value)
+        if word in keys and key.tag != "tag:yaml.org,2002:merge":
+            raise SpecError(f"{name}:{key.start_mark.line + 1}: {dotted((*at, word))} stands twice")
+        keys.add(word)
+        _refuse_twice(value, (*at, word), name, seen)
+
+
 def _construct(loader: Any, node: Any, at: Location, lines: dict[Location, int], name: str) -> Any:
     lines[at] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
@@ -107,8 +126,6 @@ def _construct(loader: Any, node: Any, at: Location, lines: dict[Location, int],
         for key_node, value_node in node.value:
             key = loader.construct_object(key_node, deep=True)
             key = key if isinstance(key, str) else str(key_node.value)
-            if key in result:
-                raise SpecError(f"{name}:{key_node.start_mark.line + 1}: {dotted((*at, key))} stands twice")
             result[key] = _construct(loader, value_node, (*at, key), lines, name)
             lines[(*at, key)] = key_node.start_mark.line + 1
         return result
@@ -125,7 +142,7 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
         path, separator, text = assignment.partition("=")
         if not separator or not path.strip():
             raise SpecError(f"-o {assignment}: write field=value, for example -o finetune.rank=16")
-        location = _location(path.strip(), assignment)
+        location = named(data, _location(path.strip(), assignment))
         _assign(data, location, _value(text, assignment), assignment)
         lines = {at: line for at, line in lines.items() if at[: len(location)] != location}
     return Document(document.name, data, lines)
@@ -136,6 +153,20 @@ def _location(path: str, assignment: str) -> Location:
         raise SpecError(f"-o {assignment}: `{path}` is not a field such as lineages.lora.updates[0].rank")
     parts = re.findall(r"[^.\[\]]+|\[\d+\]", path)
     return tuple(int(p[1:-1]) if p.startswith("[") else int(p) if p.isdigit() else p for p in parts)
+
+
+def named(data: Any, location: Location) -> Location:
+    """A location in which parts that are one name of the data are one: `models`, `llama-3.1-8b`, `path`."""
+    found: list[str | int] = []
+    rest = location
+    while rest:
+        sizes = range(len(rest), 1, -1) if isinstance(data, dict) else ()
+        size = next((n for n in sizes if ".".join(map(str, rest[:n])) in data), 1)
+        part = ".".join(map(str, rest[:size])) if size > 1 else rest[0]
+        found, rest = [*found, part], rest[size:]
+        inside = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        data = data[part] if inside else data.get(str(part)) if isinstance(data, dict) else None
+    return tuple(found)
 
 
 def _value(text: str, assignment: str) -> Any:

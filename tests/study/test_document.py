@@ -37,6 +37,15 @@ def test_a_key_that_stands_twice_is_refused_with_its_line():
         parse("b:\n  c: 1\n  c: 2\n", "s.yaml")
 
 
+def test_what_a_mapping_takes_over_it_may_give_anew():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: [*b, {<<: [*b, {y: 9, z: 4}]}]\n"
+    data = parse(text, "s.yaml").data
+    assert data["b"] == {"x": 1, "y": 3}
+    assert data["c"] == [{"x": 1, "y": 3}, {"x": 1, "y": 3, "z": 4}]
+    with pytest.raises(SpecError, match=r"s\.yaml:2: b\.y stands twice"):
+        parse("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3, y: 4}\n", "s.yaml")
+
+
 def test_broken_yaml_names_file_and_line():
     with pytest.raises(SpecError, match=r"s\.yaml:3: not valid YAML"):
         parse("a: 1\nb: [1, 2\n", "s.yaml")
@@ -56,6 +65,13 @@ def test_overrides_reach_into_mappings_and_lists():
     data = override(document, ["a.b=5e-4", "c[1].d=[x, y]", "e.f=true"]).data
     assert data == {"a": {"b": 5e-4}, "c": [{"d": 1}, {"d": ["x", "y"]}], "e": {"f": True}}
     assert document.data["a"] == {"b": 1}, "the document itself does not change"
+
+
+def test_names_with_dots_are_reached_as_they_are_written():
+    document = parse("m:\n  llama-3: {p: 0}\n  llama-3.1-8b:\n    p: 1\n    u: [{v1.0: 2}]\n", "s.yaml")
+    data = override(document, ["m.llama-3.1-8b.p=5", "m.llama-3.1-8b.u[0].v1.0=6", "m.llama-3.p=7"]).data
+    assert data == {"m": {"llama-3": {"p": 7}, "llama-3.1-8b": {"p": 5, "u": [{"v1.0": 6}]}}}
+    assert document.located("m.llama-3.1-8b.p: is wrong") == "s.yaml:4: m.llama-3.1-8b.p: is wrong"
 
 
 @pytest.mark.parametrize("assignment", ["a", "=1", "a.b.c=1", "c[7].d=1", "a..b=1", "a={"])
