@@ -53,6 +53,19 @@ def test_prompts_of_several_settings_are_continued_as_hflm_continues_them(both: 
     assert both[0].generate_until(prompts) == both[1].generate_until(prompts)
 
 
+def test_a_text_without_a_context_needs_a_token_before_it(world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    lm = ScorerLM(AutoModelForCausalLM.from_pretrained(world / "model"), tokenizer)
+    for score, request in (
+        (lm.loglikelihood_rolling, asked("loglikelihood_rolling", ("it was good",))),
+        (lm.loglikelihood, asked("loglikelihood", ("", " good"))),
+    ):
+        with pytest.raises(StageError, match="neither a BOS nor an EOS token"):
+            score(request)
+    assert lm.loglikelihood(asked("loglikelihood", ("it was", " good")))[0][0] < 0
+
+
 def test_simple_evaluate_takes_it_as_it_is(world: Path, both: tuple[ScorerLM, HFLM]) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager

@@ -32,7 +32,8 @@ _DIMENSIONS, _SIZE = 64, 1 << 63
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 PROVENANCE = "provenance.json"
 """Beside weights that this tool wrote: what made them."""
-CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -178,7 +179,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise ResolveError(f"{directory}: no such model directory")
-    if (directory / "adapter_config.json").is_file() and any((directory / name).is_file() for name in (SINGLE, INDEX)):
+    if (directory / ADAPTER_CONFIG).is_file() and any((directory / name).is_file() for name in (SINGLE, INDEX)):
         # transformers would load the adapter on top of the model, without a word
         raise ResolveError(f"{directory}: holds a model and an adapter; move the adapter to a directory of its own")
     if (directory / SINGLE).is_file():
@@ -260,7 +261,8 @@ def sha256(file: Path) -> str:
 
 def content_files(directory: Path) -> list[Path]:
     """What of a model, tokenizer or adapter directory can change a number: weights, configs, tokenizer; by name."""
-    weights = [directory / ADAPTER] if (directory / ADAPTER).is_file() else _weights_if_any(directory)
+    adapter = [directory / name for name in (ADAPTER, ADAPTER_CONFIG)]  # without the second it is a model's leftover
+    weights = adapter[:1] if all(file.is_file() for file in adapter) else _weights_if_any(directory)
     others = [directory / name for name in (*CONFIGS, *TOKENIZER_FILES) if (directory / name).is_file()]
     if not weights and not others:
         raise ResolveError(f"{directory}: holds neither a model, nor a tokenizer, nor an adapter")

@@ -2,7 +2,8 @@
 
 rows → grouped by (model, lineage, t, task, few-shot, rank, apply, dtype) → items paired → comparisons → Holm over the
 tasks → decisions. Only primary rows count. What pairs with what: port and refit of the same update seed and the same
-fine-tuning seed; `none` has no fine-tuning seed and meets every one of them.
+fine-tuning seed. `none` and a given patch have no fine-tuning seed: one alone meets every row of the other arm, several
+given patches meet it one by one (each with each would count the same patches as more replicates than there are).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -223,13 +225,15 @@ def _compared(a: Sequence[Row], b: Sequence[Row], read: Read | None, seed: int) 
 
 
 def _pairs(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows of the same update seed and fine-tuning seed; a row without a fine-tuning seed meets all of them."""
-    return [
-        (x, y)
-        for x in a
-        for y in b
-        if x["update_seed"] == y["update_seed"] and (x["seed"] == y["seed"] or None in (x["seed"], y["seed"]))
-    ]
+    """Rows of the same update seed and fine-tuning seed; without one a row meets all of them, several one each."""
+    found: list[tuple[Row, Row]] = []
+    for update_seed in dict.fromkeys(row["update_seed"] for row in a):
+        xs, ys = ([row for row in rows if row["update_seed"] == update_seed] for rows in (a, b))
+        if None not in [row["seed"] for row in (*xs, *ys)]:
+            found += [(x, y) for x in xs for y in ys if x["seed"] == y["seed"]]
+        else:
+            found += zip(xs, ys, strict=False) if min(len(xs), len(ys)) > 1 else product(xs, ys)
+    return found
 
 
 def _paired_scores(pairs: Sequence[tuple[Row, Row]], read: Read | None) -> tuple[Floats, Floats] | None:

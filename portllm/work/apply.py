@@ -106,7 +106,7 @@ def atomic_apply(
 
     Beside the weights lies what they were made of (`provenance.json`).
     """
-    with published(out, force, [model, *terms.deltas, *(path for path, _ in patches)]) as private:
+    with published(out, force, [model, *terms.deltas, *(path for path, _ in patches)], how.durable) as private:
         summary = apply(model, patches, private, dtype, how, terms)
         write_json(private / PROVENANCE, of_model(model, patches, dtype, terms))
         return summary
@@ -177,7 +177,7 @@ class _Maker:
             from portllm.work.patches import Workspace, patched
 
             self.workspace = self.workspace or Workspace(self.threads)
-        return patched(self.source.tensors[name], self.source.changes.get(name, ()), dtype, self.workspace)
+        return patched(name, self.source.tensors[name], self.source.changes.get(name, ()), dtype, self.workspace)
 
     def close(self) -> None:
         if self.workspace is not None:

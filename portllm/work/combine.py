@@ -77,7 +77,20 @@ def _modules(applied: Sequence[Applied]) -> dict[str, list[Applied]]:
                     f"{list(known.stored_shape)}: not patches of one model"
                 )
             same.append((adapter, scale))
+    _require_one_layout(applied)
     return modules
+
+
+def _require_one_layout(applied: Sequence[Applied]) -> None:
+    """PEFT's configuration says once for all linear modules whether they are stored transposed."""
+    named = {target.transposed: (adapter.directory, name) for adapter, _ in applied
+             for name, target in adapter.targets.items() if not target.embedding}  # fmt: skip
+    if len(named) > 1:
+        (one, first), (other, second) = named[True], named[False]
+        raise ResolveError(
+            f"{one}: fan_in_fan_out is true (`{first}`), in {other} it is false (`{second}`), and an adapter has "
+            "one for all its modules: combine those that agree, and apply both results"
+        )
 
 
 def _combined(name: str, parts: Sequence[Applied], blend: Blend | None, rank: int | None) -> Combined:

@@ -116,21 +116,26 @@ def grade(task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, 
     instances = _answered(task, documents, requests, responses)
     task._instances = [instance for group in instances for instance in group]
     task.apply_filters()
-    primary = lmeval.primary(task)
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    items = []
+    results: dict[str, list[dict[str, Any]]] = {}
     for filter_name in task._instances[0].filtered_resps:
-        for position, (doc, group) in enumerate(zip(documents, instances, strict=True)):
-            found = task.process_results(doc, [instance.filtered_resps[filter_name] for instance in group])
+        results[filter_name] = [
+            task.process_results(doc, [instance.filtered_resps[filter_name] for instance in group])
+            for doc, group in zip(documents, instances, strict=True)
+        ]
+        for found in results[filter_name]:
             for metric, value in found.items():
                 values[metric, filter_name].append(value)
-            about = {"doc_id": int(requests.doc_ids[position]), "doc_hash": requests.doc_hashes[position].decode()}
-            correct = found.get(primary[0])
-            items.append({**about, **_item(task, doc, group, filter_name), "correct": _number(correct),
-                          "filter": filter_name})  # fmt: skip
     task._instances = None
+    primary = lmeval.primary(task)
     if primary not in values:  # a task with its own process_results names its metrics itself
         primary = next(iter(values))
+    items = []
+    for filter_name, each in results.items():
+        for position, (doc, group, found) in enumerate(zip(documents, instances, each, strict=True)):
+            about = {"doc_id": int(requests.doc_ids[position]), "doc_hash": requests.doc_hashes[position].decode()}
+            correct = _number(found.get(primary[0]))
+            items.append({**about, **_item(task, doc, group, filter_name), "correct": correct, "filter": filter_name})
     return Graded([_metric(task, key, found, key == primary) for key, found in values.items()], items)
 
 

@@ -217,7 +217,7 @@ def _tidy(cache: Any, mask_BL: torch.Tensor, keep: Sequence[int], window: int | 
     """
     if len(keep) < len(mask_BL):
         rows = torch.tensor(keep, device=mask_BL.device)
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)
         mask_BL = mask_BL[rows]
     columns, longest = mask_BL.shape[1], int(mask_BL.sum(dim=1).max())
     if columns - longest <= GAPS and not (window is not None and columns + LONGEST >= window):

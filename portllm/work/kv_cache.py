@@ -27,12 +27,12 @@ def keeps_all(model: Any) -> bool:
     """Whether the keys and values of all tokens are all that a model remembers of them.
 
     Only then can one token follow several others' pass, or be forgotten again: a recurrent state is one for all that
-    came before, attention in chunks and MPT's distances count columns, padding and gaps included.
+    came before; attention in chunks, GPT-Neo's window and MPT's distances count columns, padding and gaps included.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     config = model.config.get_text_config()
-    if config.model_type == "mpt" or getattr(config, "attention_chunk_size", None):
+    if config.model_type in ("mpt", "gpt_neo") or getattr(config, "attention_chunk_size", None):
         return False
     if not has_cache(model):
         return False
@@ -111,8 +111,8 @@ def _roomy() -> Any:
             self._show(used + new)
             return self.keys, self.values
 
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            self.held = {name: held[indices] for name, held in self.held.items()}
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            self.held = {name: held[beam_idx] for name, held in self.held.items()}
             self._show(self.get_seq_length())
 
         def keep(self, order_BL: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:

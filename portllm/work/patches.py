@@ -54,7 +54,7 @@ class Workspace:
         buffer = self._held.buffers.get(role)
         if buffer is None or buffer.numel() < count * dtype.itemsize:
             buffer = self._held.buffers[role] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
-        return buffer[: count * dtype.itemsize].view(dtype).view(*shape)
+        return buffer[: count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def close(self) -> None:
         if torch.get_num_threads() != self._before:
@@ -136,11 +136,15 @@ def add(W: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
     return add_into(torch.empty(W.shape, dtype=dtype), W, changes, Workspace())
 
 
-def patched(entry: TensorEntry, changes: Sequence[Change], dtype: str, workspace: Workspace) -> memoryview:
+def patched(name: str, entry: TensorEntry, changes: Sequence[Change], dtype: str, workspace: Workspace) -> memoryview:
     """The bytes of a stored tensor with its changes, in safetensors' `dtype`; they stay in the workspace."""
     W = workspace.take("stored", entry.shape, DTYPES[entry.dtype])
     read_bytes(entry.file, entry.start, tensor_bytes(W))
-    return tensor_bytes(add_into(workspace.take("made", entry.shape, DTYPES[dtype]), W, changes, workspace))
+    made = add_into(workspace.take("made", entry.shape, DTYPES[dtype]), W, changes, workspace)
+    if not changes and made.dtype != W.dtype and bool((torch.isfinite(W) & ~torch.isfinite(made)).any()):
+        raise ResolveError(f"`{name}`: holds values that {str(made.dtype).removeprefix('torch.')} cannot: choose "
+                           f"another --dtype, or keep {str(W.dtype).removeprefix('torch.')}")  # fmt: skip
+    return tensor_bytes(made)
 
 
 def add_into(out: Tensor, W: Tensor, changes: Sequence[Change], workspace: Workspace) -> Tensor:

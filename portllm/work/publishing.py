@@ -13,11 +13,12 @@ from portllm.formats.tensors import PROVENANCE
 
 
 @contextmanager
-def published(out: Path, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def published(out: Path, force: bool = False, inputs: Sequence[Path] = (), durable: bool = False) -> Iterator[Path]:
     """A private sibling of `out` that becomes `out` when the block ends, and vanishes when it raises.
 
     An existing `out` is refused before the block runs; with `force` it is replaced at its end, where it is a directory
     that this tool wrote and holds none of the `inputs`. What killed processes of this host left beside it is removed.
+    `durable`: all of it is flushed to the disk before it becomes `out`, and then that it did.
     """
     _require_free(out, force, inputs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -26,10 +27,14 @@ def published(out: Path, force: bool = False, inputs: Sequence[Path] = ()) -> It
     private.mkdir()
     try:
         yield private
-        if force and out.exists():
-            _replace(private, out)
-        else:
-            private.rename(out)
+        if durable:
+            _flush(*private.rglob("*"), private)
+        old = _moved_away(out, private) if force and out.exists() else None
+        private.rename(out)
+        if durable:
+            _flush(out.parent)
+        if old:
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
@@ -86,9 +91,17 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _replace(private: Path, out: Path) -> None:
-    """Two renames: a kill between them leaves the old one beside it, never a mixture."""
+def _moved_away(out: Path, private: Path) -> Path:
+    """The first of two renames: a kill between them leaves the old one beside `out`, never a mixture."""
     old = private.with_suffix(".replaced")
     out.rename(old)
-    private.rename(out)
-    shutil.rmtree(old)
+    return old
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

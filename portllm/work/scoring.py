@@ -201,15 +201,16 @@ def common_length(inputs: Sequence[np.ndarray]) -> int:
 def shared_header(families: Sequence[Family], window: int | None) -> np.ndarray:
     """What all stems begin with, where it is worth a pass of its own: nothing is read from it.
 
-    The padding of shorter stems lies between the header and them: a sliding window that does not see all must not
-    count it.
+    The padding of shorter stems lies between the header and them, so that a pass may have as many columns as the
+    longest stem and the longest branch of another: a sliding window that does not see all must not count them.
     """
     nothing = np.zeros(0, dtype=np.int64)
-    longest = max((len(f.stem.ids) + max((len(b.ids) for b in f.branches), default=0) for f in families), default=0)
-    if len(families) < 2 or (window is not None and window < longest):
+    stems, branches = [f.stem.ids for f in families], [branch.ids for f in families for branch in f.branches]
+    columns = sum(max(map(len, inputs), default=0) for inputs in (stems, branches))
+    if len(families) < 2 or (window is not None and window < columns):
         return nothing
     reads = min((read[1] for family in families for read in family.stem.reads), default=len(families[-1].stem.ids))
-    length = min(common_length([family.stem.ids for family in families]), reads, len(families[-1].stem.ids) - 1)
+    length = min(common_length(stems), reads, len(families[-1].stem.ids) - 1)
     return families[0].stem.ids[:length] if length >= HEADER else nothing
 
 
@@ -344,7 +345,8 @@ class _Scorer:
         for part in batches([len(row.ids) for _, row in pairs], budget):
             owners, rows = [b for b, _ in pairs[part]], [row for _, row in pairs[part]]
             ids_BS = padded([row.ids for row in rows])
-            mask = np.concatenate([mask_BS[owners], np.ones(ids_BS.shape, dtype=np.int64)], axis=1)
+            own_BS = padded([np.ones_like(row.ids) for row in rows]).numpy()  # padding takes no position of its own
+            mask = np.concatenate([mask_BS[owners], own_BS], axis=1)
             self._go_on(ids_BS, _reads(rows, [0] * len(rows), ids_BS.shape[1]), mask, _rows_of(cache, owners))
 
     def _go_on(self, ids_BS: torch.Tensor, reads: Sequence[Read], mask_BS: np.ndarray, cache: Any) -> None:

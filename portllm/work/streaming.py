@@ -1,6 +1,6 @@
 """Files written piece by piece, pieces in any order and at once: bytes the kernel copies, and bytes that are made.
 
-    outputs → every file at its full size → pieces over the threads → flushed where it is to be durable
+    outputs → every file at its full size → pieces over the threads → on their way to the disk where it is to be durable
 
 Memory is what the threads hold while they make a piece, whatever the files' sizes. Nothing here knows torch: copying
 starts before it is imported.
@@ -76,17 +76,12 @@ def write_files(outputs: Sequence[Output], threads: int, durable: bool, progress
     """
     with ExitStack() as stack:
         jobs = _Jobs(stop=threading.Event())
-        targets = []
         for output in outputs:
             target = stack.enter_context(output.path.open("xb", buffering=0)).fileno()
             if output.size:
                 os.posix_fallocate(target, 0, output.size)
-            targets.append(target)
             jobs.add(output, target)
         _run(jobs, threads, durable, progress)
-        if durable:
-            for target in targets:
-                os.fsync(target)
 
 
 class _Jobs:
@@ -132,7 +127,7 @@ def _work(jobs: _Jobs, copying: bool, durable: bool, progress: Progress) -> None
             _put(target, piece.make(), at)
         else:
             copy_range(piece, target, at)
-        if durable:  # starts the write-back of this piece: the flush at the end finds little left
+        if durable:  # starts the write-back of this piece: the flush before publishing finds little left
             os.posix_fadvise(target, at, piece.length, os.POSIX_FADV_DONTNEED)
         progress(piece.length)
 

@@ -81,7 +81,7 @@ class Encoder:
         """Per text: its ids after the token that stands before it, and 1 (`HFLM.loglikelihood_rolling`)."""
         bos = None if self.prefix is None else self.tokenizer.decode(self.prefix)
         ids = self.encode(texts, bos)
-        return [([self.prefix, *ids[text]], 1) for text in texts]
+        return [([self._first(), *ids[text]], 1) for text in texts]
 
     @staticmethod
     def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
@@ -95,4 +95,11 @@ class Encoder:
     def _after_prefix(self, continuation: list[int]) -> tuple[list[int], int]:
         if continuation[:1] == [self.prefix]:
             return continuation, 1
-        return [self.prefix, *continuation], 1
+        return [self._first(), *continuation], 1
+
+    def _first(self) -> int:
+        """The token that stands before a text without a context."""
+        if self.prefix is None:
+            raise StageError("the tokenizer has neither a BOS nor an EOS token, and one must stand before a text that "
+                             "has no context: set `bos_token` in it")  # fmt: skip
+        return self.prefix

@@ -5,6 +5,7 @@ dtype it is stored in. Roles root, delta1, delta2, … of a stage's inputs name 
 complete model directory, once per node; `Versions` keeps the one a process works on in memory.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -117,7 +118,10 @@ def _make_room(versions: Path, need: int) -> None:
     for opened, path in sorted(built):
         if shutil.disk_usage(versions).free >= need or time.time() - opened < IN_USE_S:
             return
-        shutil.rmtree(path, ignore_errors=True)
+        dropped = path.with_name(f".{path.name}.dropped")  # a half removed one must not look like a version
+        with contextlib.suppress(OSError):
+            path.rename(dropped)
+            shutil.rmtree(dropped)
 
 
 def _check(built: Path, last: Path) -> None:

@@ -239,6 +239,14 @@ def test_a_digest_changes_with_every_byte_that_matters(tmp_path: Path, name: str
     assert content_digest(directory) != before
 
 
+def test_an_adapter_left_in_a_models_directory_does_not_stand_for_the_model(tmp_path: Path) -> None:
+    first, second = model(tmp_path / "one"), model(tmp_path / "two")
+    save_file({"a": np.ones(4, dtype="f4")}, second / "model.safetensors")
+    for directory in (first, second):
+        (directory / "adapter_model.safetensors").write_bytes(b"left")
+    assert content_digest(first) == content_digest(model(tmp_path / "plain")) != content_digest(second)
+
+
 def test_a_digest_takes_each_file_from_a_callers_memory(tmp_path: Path) -> None:
     directory, asked = model(tmp_path / "one"), []
     content_digest(directory, lambda file: asked.append(file.name) or "0" * 64)

@@ -94,6 +94,26 @@ def test_ranks_and_apply_modes_have_verdicts_of_their_own_with_the_same_none(mad
     assert {(v.rank, v.apply) for v in found} == {(8, "merged"), (16, "merged"), (8, "adapter")}
 
 
+def test_several_given_patches_meet_the_refits_one_by_one(made_up: MadeUp) -> None:
+    given = [{**row, "seed": None} if row["arm"] == "port" else row for row in made_up.rows]
+    alone = [row for row in given if row["arm"] != "port" or row["key"] in first_keys(given, "port")]
+    for rows, seeds in ((given, 2), (alone, 2)):
+        for verdict in verdicts(rows, made_up.items):
+            assert verdict.regret is not None and verdict.lift is not None
+            assert verdict.regret.seeds == seeds
+    assert verdicts(given, made_up.items)[0].arms["port"].seeds == 2
+    assert verdicts(alone, made_up.items)[0].arms["port"].seeds == 1
+
+
+def first_keys(rows: list[dict[str, Any]], arm: str) -> set[str]:
+    """The first cell of an arm in every version and task."""
+    found: dict[Any, str] = {}
+    for row in rows:
+        if row["arm"] == arm:
+            found.setdefault((row["lineage"], row["t"], row["task"]), row["key"])
+    return set(found.values())
+
+
 def test_a_cell_without_a_number_is_as_if_it_were_not_run(made_up: MadeUp) -> None:
     odd = {row["key"] for row in made_up.rows if row["arm"] == "refit" and row["t"] == 1}
     rows = [{**row, "value": None} if row["key"] in odd else row for row in made_up.rows]

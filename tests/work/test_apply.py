@@ -341,6 +341,36 @@ def test_an_error_in_one_thread_stops_all_and_is_raised(tmp_path: Path) -> None:
         )
 
 
+def test_a_scalar_is_cast_as_any_tensor_and_what_a_dtype_cannot_hold_is_refused(made: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(made / "llama-float32", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    odd = {"model.bias": torch.tensor(-torch.inf), "model.scalar": torch.tensor(-1e4), "model.none": torch.zeros(0, 4)}
+    save_file(tensors | odd, source / "model.safetensors", {"format": "pt"})
+    apply(source, [(made / "llama-plain", 1.0)], tmp_path / "out", dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in odd.items())
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1e5}, source / "model.safetensors")
+    with pytest.raises(ResolveError, match=r"`model\.norm\.weight`: holds values that float16 cannot: .*keep float32"):
+        atomic_apply(source, [(made / "llama-plain", 1.0)], tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_durable_is_all_of_a_directory_its_place_and_nothing_else(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    patches, out = [(made / "llama-plain", 1.0)], tmp_path / "out"
+    if force:
+        atomic_apply(made / "llama-float32", patches, out)
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    atomic_apply(made / "llama-float32", patches, out, force=force, how=How(2, durable=True))
+    *inside, private, parent = flushed
+    assert parent == tmp_path and private.parent == tmp_path and private.name.endswith(".partial")
+    assert sorted(path.name for path in inside) == sorted(path.name for path in out.iterdir())
+    assert {path.parent for path in inside} == {private} and len(inside) > 3
+
+
 def test_minus_zero_survives(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     save_file({"w": torch.tensor([-0.0, 0.0])}, tmp_path / "m" / "model.safetensors")

@@ -83,6 +83,6 @@ def test_a_joined_cache_holds_what_copies_would(monkeypatch: pytest.MonkeyPatch,
     keep_columns(cache, order)
     expected = torch.stack([row[:, columns] for row, columns in zip(expected, order, strict=True)])
     assert torch.equal(cache.layers[0].keys, expected)
-    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.reorder_cache(torch.tensor([2, 0]))
     new = layer(2, 3, 20)
     assert torch.equal(cache.update(*new, 0)[0], torch.cat([expected[[2, 0]], new[0]], dim=2))

@@ -146,6 +146,17 @@ def test_embeddings_are_combined_too(made: Path, tmp_path: Path) -> None:
     assert close(merged(made / "model", tmp_path / "sum", tmp_path / "out"), direct)
 
 
+def test_patches_that_store_their_modules_differently_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "gpt2")
+    save_adapter(tmp_path / "head", tmp_path / "model", 1, r=2, target_modules=["lm_head"])
+    save_adapter(tmp_path / "conv", tmp_path / "model", 2, r=2, target_modules=["c_proj"], fan_in_fan_out=True)
+    patches = [(tmp_path / "head", 1.0), (tmp_path / "conv", 1.0)]
+    for order in (patches, patches[::-1]):
+        with pytest.raises(ResolveError, match=r"conv: fan_in_fan_out is true \(`.*c_proj`\), in .*head it is false"):
+            combine(order, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("made", ["llama"], indirect=True)
 def test_what_is_more_than_deltas_or_of_another_model_is_refused(made: Path, tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", made / "model", use_dora=True)

@@ -232,6 +232,19 @@ def test_results_and_items_are_written_as_announced(world, run, tmp_path):
     assert all((row["prediction"] == row["target"]) == bool(row["correct"]) for row in rows)
 
 
+def test_items_are_graded_by_the_metric_that_a_task_names_itself(world, run, tmp_path):
+    definition = (world / "tasks" / "mood.yaml").read_text() + "process_results: !function own_results.graded\n"
+    (tmp_path / "mood.yaml").write_text(definition)
+    (tmp_path / "own_results.py").write_text(
+        "def graded(doc, results):\n"
+        "    best = max(range(2), key=lambda n: results[n][0])\n"
+        "    return {'hit': float(best == doc['label'])}\n"
+    )
+    found = cell(run, tmp_path, world / "model", "mood", toy(world) | {"definition": tmp_path})["metrics"]
+    assert [(metric["metric"], metric["primary"]) for metric in found] == [("hit", True)]
+    assert np.mean([row["correct"] for row in items(tmp_path)]) == pytest.approx(found[0]["value"])
+
+
 def test_a_single_document_has_no_standard_error(world, run, tmp_path):
     metric = cell(run, tmp_path, world / "model", "mood", toy(world), limit=1)["metrics"][0]
     assert metric["value"] in (0.0, 1.0) and metric["stderr"] is None

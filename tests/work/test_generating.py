@@ -59,7 +59,7 @@ def test_texts_that_have_ended_are_told_also_where_batches_are_halved(rows, monk
     assert told == sorted(told) and told[-1] == (9, 9) and len(told) >= min(ends, 2)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo"])
 def test_generated_text_is_that_of_each_prompt_alone(kind):
     model = tiny(kind)
     made = generate(model, Words(), request_set(prompts(), **generation()), budget=100)
@@ -70,7 +70,11 @@ def test_generated_text_is_that_of_each_prompt_alone(kind):
 @pytest.mark.parametrize("gaps", [0, 32])
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("gpt2", {}), *product(("mistral", "gemma2", "gemma3"), ({}, {"sliding_window": 32}))],
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        *product(("mistral", "gemma2", "gemma3"), ({}, {"sliding_window": 32})),
+    ],
 )
 def test_guessed_tokens_save_passes_and_change_no_text(kind, changes, gaps, monkeypatch):
     model, passes = tiny(kind, **changes), []
@@ -84,7 +88,7 @@ def test_guessed_tokens_save_passes_and_change_no_text(kind, changes, gaps, monk
     assert any(named["input_ids"].shape[1] > 1 for named in passes[1:])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "lfm2"])
 def test_rows_leave_their_batch_at_a_stop_sequence_and_are_cut_there(kind):
     model = tiny(kind)
     whole = [Words().decode(alone(model, p), True) for p, _ in prompts()]

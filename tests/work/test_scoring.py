@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from portllm.errors import StageError
 from portllm.work import head
@@ -62,7 +61,7 @@ def test_a_last_layer_that_mixes_positions_computes_everywhere():
     np.testing.assert_allclose(alone.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo", "phi"])
 def test_scores_are_those_of_each_request_alone(kind):
     model, pairs = tiny(kind), drawn()
     expected, greedy = plain(model, pairs)
@@ -139,6 +138,22 @@ def test_what_choices_and_documents_share_is_forwarded_once_and_changes_no_score
     tokens = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
     kept = header and kind in ("llama", "gpt2")  # the others' windows of 8 tokens do not see a header whole
     assert forwarded < tokens / (3 if kept else 1.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*product(("gemma3", "mistral"), ({"sliding_window": n} for n in (40, 50, 58, 64))), ("gpt2", {}), ("gpt_neo", {})],
+)
+def test_padding_is_counted_by_no_window_and_has_no_position(kind, changes):
+    """One document has the longest stem, another the longest branches: their batch has more columns than any input."""
+    rng = np.random.default_rng(1)
+    shots, long, short = (rng.integers(3, VOCABULARY, n).tolist() for n in (32, 20, 2))
+    pairs = [(shots + context, rng.integers(3, VOCABULARY, answer).tolist())
+             for context, answer in ((long, 2), (short, 20)) for _ in range(4)]  # fmt: skip
+    found = replace(request_set(pairs), documents=np.repeat([0, 1], 4), doc_ids=np.arange(2))
+    model = tiny(kind, **changes)
+    expected = plain(model, pairs)[0]
+    np.testing.assert_allclose(loglikelihoods(model, found, 4096).loglikelihoods, expected, atol=1e-4, rtol=0)
 
 
 def test_inputs_that_share_little_are_not_forwarded_in_two_parts():
@@ -249,11 +264,7 @@ def test_weights_that_are_not_finite_are_an_error_and_not_a_score():
 
 
 def test_a_recurrent_model_shares_no_pass_and_has_each_request_s_own_score():
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    config = transformers.Lfm2Config(**shape, **heads, layer_types=["conv", "full_attention"], block_ff_dim=48)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = tiny("lfm2")
     shots = np.random.default_rng(9).integers(3, VOCABULARY, 34).tolist()
     pairs = [(shots + context, continuation) for context, continuation in drawn(6, longest=20)]
     found = loglikelihoods(model, request_set(pairs), 256)

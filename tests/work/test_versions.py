@@ -153,6 +153,24 @@ def test_a_full_disk_drops_the_version_that_was_opened_longest_ago_and_none_in_u
     assert (old.exists(), used.is_dir(), new.is_dir()) == (False, True, True)
 
 
+def test_a_version_that_is_half_removed_is_none(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, deltas = version_inputs(roles(made))
+    old = materialise(root, deltas[:1], tmp_path)
+    os.utime(old, (0, 0))
+    free = iter([0, 10**12, 10**12, 10**12])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+
+    def interrupted(path: Path, *arguments: Any, **named: Any) -> None:
+        (path / "config.json").unlink()
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", interrupted)
+        module._make_room(old.parent, 1)
+    assert not old.exists()
+    assert (materialise(root, deltas[:1], tmp_path) / "config.json").is_file()
+
+
 def test_what_a_killed_build_left_is_cleared(made: Path, tmp_path: Path) -> None:
     root, deltas = version_inputs(roles(made))
     path = materialise(root, deltas, tmp_path)

@@ -16,6 +16,8 @@ SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidde
 def tiny(kind: str, **changes) -> Any:
     """A random model with weights large enough for its scores to differ."""
     shape = SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    local = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8,
+             "max_position_embeddings": 64, "attention_types": [[["global", "local"], 1]]}  # fmt: skip
     config = {
         "llama": lambda: transformers.LlamaConfig(**shape | changes),
         "mistral": lambda: transformers.MistralConfig(**shape | {"sliding_window": 8} | changes),
@@ -23,6 +25,10 @@ def tiny(kind: str, **changes) -> Any:
         "gemma3": lambda: transformers.Gemma3TextConfig(**shape | {"head_dim": 8, "sliding_window": 8} | changes),
         "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         "phi": lambda: transformers.PhiConfig(**shape | changes),  # its head has a bias
+        "gpt_neo": lambda: transformers.GPTNeoConfig(**local | changes),
+        "lfm2": lambda: transformers.Lfm2Config(
+            **shape | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48} | changes
+        ),
         "granite": lambda: transformers.GraniteConfig(**shape | {"logits_scaling": 8.0} | changes),
     }[kind]()
     torch.manual_seed(0)
