@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "requests": 1,
     "update": 3,
     "finetune": 3,
-    "evaluate": 4,
+    "evaluate": 5,
     "export": 1,
     "diagnose": 1,
 }
