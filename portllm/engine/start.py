@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import EngineError
-from portllm.store.results import rows, training
+from portllm.store.results import published_rows, training
 from portllm.store.store import Store
 from portllm.study.spec import Study
 from portllm.study.steps import TRAININGS, Cell, Plan, Step
@@ -159,7 +159,7 @@ def _publisher(mirror: Mirror | None, plan: Plan, store: Store) -> Callable[[Ste
         if mirror is not None and step.stage in TRAININGS:
             mirror.training(training(step, store))
         elif mirror is not None and step.stage == "evaluate":
-            mirror.cell(rows(cells[step.key], store))
+            mirror.cell(published_rows(cells[step.key], store))
 
     return published
 

@@ -455,6 +455,7 @@ class _Planner:
         self.exported.update(chosen)
         if chosen:
             inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
+            inputs["tokenizer"] = version.tokenizer
             label = f"export {lineage} t={version.t} {task.task} {arm}"
             self._add("export", r.Export(scales=(1.0,) * len(patches)), inputs, label, Layout(), **at)
 

@@ -287,7 +287,7 @@ def test_evaluated_applied_and_exported_weights_are_the_same_bits(
     context = RunContext(scratch=tmp_path, versions=Versions(), log=lambda line: None)
     resident = context.open(inputs, evaluated)
     apply(resident.path, patches, tmp_path / "applied")
-    more = {f"patch{i + 1}": path for i, (path, _) in enumerate(patches)}
+    more = {f"patch{i + 1}": path for i, (path, _) in enumerate(patches)} | {"tokenizer": tmp_path}
     export(Export(scales=(1.0, -0.5)), inputs | more, tmp_path / "exported", context)
     with resident.applied(patches) as model:
         merged = weights(model)
@@ -410,7 +410,9 @@ def test_a_missing_weight_is_an_error_and_not_a_random_one(made: Path, tmp_path:
 
 
 def test_an_export_says_what_it_was_made_of(made: Path, tmp_path: Path) -> None:
-    inputs = roles(made, deltas=1) | {"patch1": made / "llama-p1"}
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "tokenizer_config.json").write_text("{}")
+    inputs = roles(made, deltas=1) | {"patch1": made / "llama-p1", "tokenizer": tmp_path / "newer"}
     context = RunContext(scratch=tmp_path, versions=Versions(), log=lambda line: None)
     summary = export(Export(scales=(0.5,), dtype="float16"), inputs, tmp_path / "out", context)
     origin = json.loads((tmp_path / "out" / "provenance.json").read_text())
@@ -419,6 +421,7 @@ def test_an_export_says_what_it_was_made_of(made: Path, tmp_path: Path) -> None:
     assert [part["content"] for part in origin["deltas"]] == [content_digest(made / "llama-d1")]
     assert [(p["content"], p["scale"]) for p in origin["patches"]] == [(content_digest(made / "llama-p1"), 0.5)]
     assert load(tmp_path / "out", "auto").dtype == torch.float16
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
 
 
 def test_an_export_needs_a_scale_for_each_patch(made: Path, tmp_path: Path) -> None:
