@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,9 +183,16 @@ def _metric(task: Any, key: tuple[str, str], values: list[Any], primary: bool) -
         "metric": key[0],
         "filter": key[1],
         "primary": primary,
-        "value": _number(aggregate(values)),
+        "value": _aggregated(aggregate, values),
         "stderr": _number(stderr(values)) if stderr else None,
     }
+
+
+def _aggregated(aggregate: Callable[[list[Any]], Any], values: list[Any]) -> float | None:
+    try:
+        return _number(aggregate(values))
+    except OverflowError:  # a diverged model's perplexity is more than a float holds
+        return None
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,7 @@
 """One cell: patches applied, scored, graded by lm-eval; the same numbers as lm-eval's own evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from portllm.errors import ResolveError, StageError
 from portllm.formats import lmeval
@@ -144,6 +146,18 @@ def test_perplexities_are_those_of_lm_eval(world, run, tmp_path):
         assert metric["value"] == pytest.approx(results[f"{metric['metric']},none"], rel=1e-5)
     scores = [item["choice_loglikelihoods"][0] for item in items(tmp_path)]
     np.testing.assert_allclose(scores, [s["resps"][0][0] for s in samples], atol=1e-4)
+
+
+def test_a_perplexity_beyond_any_float_is_no_number(world, run, tmp_path):
+    wild = shutil.copytree(world / "model", tmp_path / "wild")
+    tensors = load_file(wild / "model.safetensors")
+    save_file({name: tensor * 1e4 for name, tensor in tensors.items()}, wild / "model.safetensors", {"format": "pt"})
+    (tmp_path / "rolls.yaml").write_text(
+        "task: rolls\ndataset_path: parquet\noutput_type: loglikelihood_rolling\nvalidation_split: validation\n"
+        "doc_to_text: ''\ndoc_to_target: sentence\nmetric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    summary = cell(run, tmp_path, wild, "rolls", toy(world) | {"definition": tmp_path}, limit=4)
+    assert [metric["value"] is None for metric in summary["metrics"]] == [True, False]
 
 
 CLASS = """
