@@ -71,14 +71,16 @@ def _text_rows(source: Path) -> Iterator[Mapping[str, Any]]:
 
 def _lines(source: Path) -> Iterator[str]:
     try:
-        with source.open(encoding="utf-8") as lines:
+        with source.open(encoding="utf-8-sig") as lines:
             yield from lines
     except UnicodeDecodeError as error:
         raise ResolveError(f"{source}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def render(row: Mapping[str, Any], text: Text) -> str:
-    """A row's document: its text column, or the template over its columns; a null is empty."""
+    """A row's document: its text column, or the template over its columns; a null is empty, and so is a row of none."""
+    if not row:
+        return ""
     try:
         if text.template is not None:
             return text.template.format(**{k: "" if v is None else v for k, v in row.items()})

@@ -60,10 +60,12 @@ def cost(step: Step, facts: Facts, steps: Mapping[str, Step]) -> Cost:
 def _flops(step: Step, shape: Shape, facts: Facts, steps: Mapping[str, Step]) -> float:
     """As the ledger counts them (`work/ledger.py`), the head left out where few positions read it: patches, scores."""
     recipe = step.recipe
-    if isinstance(recipe, Base) or (isinstance(recipe, Update) and recipe.lora is None):
+    if isinstance(recipe, Base):
         return 6.0 * (shape.body + shape.head) * recipe.tokens
-    if isinstance(recipe, Update) and recipe.lora:
-        return (4.0 * (shape.body + shape.head) + 6.0 * shape.lora_parameters(recipe.lora.rank)) * recipe.tokens
+    if isinstance(recipe, Update):
+        tokens = recipe.tokens + sum(part.tokens for part in recipe.replay)
+        moved = 6.0 * shape.lora_parameters(recipe.lora.rank) if recipe.lora else 2.0 * (shape.body + shape.head)
+        return (4.0 * (shape.body + shape.head) + moved) * tokens
     task = facts.tasks.get(str(step.coordinates.get("task")))
     if isinstance(recipe, Finetune) and task:
         examples = task.training if task.training is not None else EXAMPLES

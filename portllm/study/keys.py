@@ -15,11 +15,11 @@ from typing import Any
 from portllm.errors import SpecError
 
 STAGE_VERSIONS = {
-    "base": 3,
+    "base": 4,
     "corpus": 2,
     "requests": 1,
-    "update": 3,
-    "finetune": 3,
+    "update": 4,
+    "finetune": 4,
     "evaluate": 5,
     "export": 1,
     "diagnose": 1,

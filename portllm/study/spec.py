@@ -252,6 +252,7 @@ class Update(Optimizer):
         for name, share in self.replay.items():
             if share * tokens < self.sequence_length:
                 raise ValueError(f"replay: {share} of {tokens:,} tokens of {name} do not fill one sequence")
+        _fills(tokens - sum(round(share * tokens) for share in self.replay.values()), self.sequence_length)
 
 
 class Lineage(Strict):

@@ -17,7 +17,7 @@ from portllm.work.context import RunContext, Summary
 from portllm.work.corpora import tokenise, without
 from portllm.work.hub import snapshot
 from portllm.work.lora import check_saved
-from portllm.work.training import seed_everything, train
+from portllm.work.training import Whole, seed_everything, train
 
 SHARD = "2GB"
 """Largest weight file."""
@@ -114,7 +114,7 @@ def pretrain(
         tokenise(kept(recipe, inputs), tokenizer, text.seed, Path(directory), run.scratch)
         data = packed(Path(directory), 0, recipe.tokens, recipe.sequence_length)
         batches = update_batches(len(data), optimization.batch, optimization.seed)
-        return train(model.to(run.device), data, batches, optimization, "full", run, out, storage)
+        return train(model.to(run.device), data, batches, optimization, "full", run, out, Whole(storage))
 
 
 def kept(recipe: Base, inputs: Mapping[str, Path]) -> Iterator[tuple[int, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from portllm.errors import ResolveError
-from portllm.formats.adapter import Adapter, Target, read_adapter, stored_name
+from portllm.formats.adapter import HEADS, Adapter, Target, last_part, read_adapter, stored_name
 from portllm.work.changes import Delta
 from portllm.work.factors import Factors, stacked
 from portllm.work.patches import add, delta
@@ -241,12 +241,29 @@ def _root_sum(every: Sequence[Numbers], name: str) -> float:
 
 
 def update_size(version: Source, base: Source) -> float:
-    """‖θₜ − θ₀‖ / ‖θ₀‖ over all tensors, one of them in memory at a time."""
+    """‖θₜ − θ₀‖ / ‖θ₀‖ over the weights of both, one of them in memory at a time."""
+    found = {name: _counterpart(name, base) for name in version.tensors}
+    pairs = {name: theirs for name, theirs in found.items() if theirs is not None}
+    odd = [name for name in version.tensors.keys() - pairs.keys() if not _is_beside(name, version)]
+    odd += [name for name in base.tensors.keys() - set(pairs.values()) if not _is_beside(name, base)]
+    odd += [name for name, other in pairs.items() if base.tensors[other].shape != version.tensors[name].shape]
+    if odd:
+        raise ResolveError(f"`{min(odd)}`: θ₀ and θₜ hold no tensor of the same shape there: not versions of one model")
     moved = before = 0.0
-    for name, entry in base.tensors.items():
-        if name not in version.tensors or version.tensors[name].shape != entry.shape:
-            raise ResolveError(f"`{name}`: θ₀ and θₜ hold no tensor of the same shape there: not versions of one model")
-        W0 = base.tensor(name).float()
+    for name, other in pairs.items():
+        W0 = base.tensor(other).float()
         moved += float((version.tensor(name).float() - W0).norm(dtype=torch.float64)) ** 2
         before += float(W0.norm(dtype=torch.float64)) ** 2
     return (moved / max(before, 1e-300)) ** 0.5
+
+
+def _counterpart(name: str, base: Source) -> str | None:
+    """θ₀'s tensor of a name in θₜ; either may lack the head model's prefix (`stored_name`)."""
+    longer = (other for other in base.tensors if other.partition(".")[2] == name)
+    return stored_name(name, base.tensors) or next(longer, None)
+
+
+def _is_beside(name: str, source: Source) -> bool:
+    """Whether a tensor is no weight of its own, which transformers does not save again: a buffer, or a tied head."""
+    buffer = name.endswith(".inv_freq") or len(source.tensors[name].shape) not in (1, 2, 3)
+    return buffer or (last_part(name) in HEADS and source.config.get("tie_word_embeddings") is True)

@@ -28,6 +28,16 @@ def master(engine: Any, parameter: nn.Parameter) -> Tensor:
     return _whole(engine, parameter, None)
 
 
+def set_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts a whole fp32 master in its place, and what it rounds to into the parameter."""
+    _put(engine, parameter, None, value)
+
+
+def stepped(engine: Any) -> bool:
+    """Whether the optimizer has taken a step."""
+    return any(MOMENTS[0] in state for state in engine.basic_optimizer.state.values())
+
+
 def read(engine: Any, mine: frozenset[str]) -> dict[str, Tensor]:
     """{kind/name: fp32 tensor} in host memory of the parameters named in `mine`: copies. Collective."""
     found: dict[str, Tensor] = {}
@@ -43,7 +53,8 @@ def numbers(engine: Any) -> dict[str, float]:
     """Everything else: AdamW's count of steps, and the loss scale."""
     steps = next(float(state["step"]) for state in engine.basic_optimizer.state.values())
     scaler = _scaler(engine)
-    return {"steps": steps} | {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
+    scale = {name: float(value) for name in _SCALER if (value := getattr(scaler, name, None)) is not None}
+    return {"steps": steps} | scale
 
 
 def write(engine: Any, tensors: Any, values: dict[str, float]) -> None:
@@ -136,4 +147,6 @@ def _own_master(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _scaler(engine: Any) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
+    """What holds the loss scale: without ZeRO under another name."""
+    names = ("loss_scale_config", "loss_scaler")
+    return next((found for name in names if (found := getattr(engine.optimizer, name, None))), engine.optimizer)

@@ -98,13 +98,18 @@ def flops(model: Any, tokens: int, targets: int) -> float:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = {id(p) for module in (embedding, head) if module is not None for p in module.parameters()}
-    body = sum(_per_use(p) for p in model.parameters() if id(p) not in outside and p.dim() > 1)
+    body = sum(_per_use(p) for p in model.parameters() if id(p) not in outside and _dimensions(p) > 1)
     return float(tokens * body + targets * sum(_per_use(p) for p in head.parameters()))
 
 
 def _per_use(parameter: Any) -> int:
     count = getattr(parameter, "ds_numel", parameter.numel())
     return int(count) * (6 if parameter.requires_grad else 4)
+
+
+def _dimensions(parameter: Any) -> int:
+    """Under ZeRO-3 a parameter itself is empty."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def measured_peak(run: RunContext, engine: Any) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from portllm.errors import ResolveError, StageError
-from portllm.formats.adapter import ties_embeddings
+from portllm.formats.adapter import stored_name, ties_embeddings
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
 from portllm.work.changes import Applied, Patches, read_patches, touched
 from portllm.work.patches import DTYPES, add, read_tensor, require_same_copies
@@ -38,6 +38,18 @@ class Resident:
         """In eval mode, on `device`."""
         self._state = self._fingerprint()
         self._busy = False
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a parameter in the version's files; the version's own where it lies in none by itself."""
+        stored = stored_name(name, self._tensors)
+        return DTYPES[self._tensors[stored].dtype] if stored else self.storage
+
+    def stored_bits(self, name: str) -> torch.Tensor | None:
+        """A parameter's own bits, fp32, where the model's dtype does not hold them."""
+        stored = stored_name(name, self._tensors)
+        if stored is None or self.model.get_parameter(name).dtype in (torch.float32, self.stored_dtype(name)):
+            return None
+        return read_tensor(self._tensors[stored]).float()
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,27 @@ from portllm.work.loss import SummedLoss, head_blocks, require_no_dropout, vocab
 from portllm.work.points import Point
 
 
+class Stored(Protocol):
+    """How what moves is stored, parameter by parameter."""
+
+    def stored_dtype(self, name: str) -> torch.dtype: ...
+    def stored_bits(self, name: str) -> Tensor | None:
+        """fp32; None where the model in memory holds them."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Everything is in memory, and stored in one dtype."""
+
+    dtype: torch.dtype = torch.float32
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self.dtype
+
+    def stored_bits(self, name: str) -> Tensor | None:
+        return None
+
+
 def train(
     model: Any,
     data: Sequences,
@@ -46,12 +67,13 @@ def train(
     trains: Trains,
     run: RunContext,
     out: Path,
-    keep: torch.dtype = torch.float32,
+    stored: Stored = Whole(),
 ) -> Summary:
     """Moves the parameters of `model` that require gradients; returns the ledger.
 
-    Afterwards they hold the fp32 masters rounded to `keep`, on the CPU, complete on every rank. Writes `curve.jsonl`
-    (rank 0) and `documents.rank{r}.json` below `out`. Raises StageError for a loss that is not finite.
+    Their fp32 masters begin with the stored bits, whatever dtype is computed in; afterwards they hold the masters
+    rounded to the stored dtype (fp32 as a rule), on the CPU, complete on every rank. Writes `curve.jsonl` (rank 0) and
+    `documents.rank{r}.json` below `out`. Raises StageError for a loss that is not finite.
     """
     config = deepspeed_config(optimization, run.layout, run.world, trains)
     prepare(run, optimization.seed)
@@ -64,7 +86,7 @@ def train(
     if data.joins and not loss.apart:
         run.log(f"{type(model).__name__} does not keep the documents of a sequence apart: it reads them as one text")
     linear = nn.functional.linear
-    engine = start(loss, config, optimization, run)
+    engine = start(loss, config, optimization, run, stored)
     loop = Loop(engine, data, len(batches), optimization, run, meter)
     try:
         loop.resume()
@@ -73,7 +95,7 @@ def train(
             loop.keep()
         targets = sum(int(data.targets[batch].sum()) for batch in batches)
         ledger = meter.read(engine, loop.points, targets) | loop.about()
-        values = masters(engine, keep)
+        values = masters(engine, stored)
     finally:
         loop.end()
         engine.destroy()
@@ -127,7 +149,13 @@ def loopback() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization, run: RunContext) -> Any:
+def start(
+    module: SummedLoss,
+    config: dict[str, Any],
+    optimization: Optimization,
+    run: RunContext,
+    stored: Stored,
+) -> Any:
     """A DeepSpeed engine around the loss module, with torch's AdamW over what requires gradients."""
     if run.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -136,20 +164,29 @@ def start(module: SummedLoss, config: dict[str, Any], optimization: Optimization
 
     deepspeed.utils.logger.setLevel("WARNING")
     weights = list(engine_state.moving(module).values())
-    optimizer = torch.optim.AdamW(
-        weights, lr=optimization.learning_rate, betas=optimization.betas, weight_decay=optimization.weight_decay
-    )
+    before = [weight.data for weight in weights]
+    # Without ZeRO DeepSpeed steps a half precision's optimizer once to make its state: at rate 0, and forgotten.
+    optimizer = torch.optim.AdamW(weights, lr=0.0, betas=optimization.betas, weight_decay=optimization.weight_decay)
     try:
-        return deepspeed.initialize(model=module, model_parameters=weights, optimizer=optimizer, config=config)[0]
+        engine = deepspeed.initialize(model=module, model_parameters=weights, optimizer=optimizer, config=config)[0]
     except (ValueError, AssertionError) as error:
         raise StageError(f"DeepSpeed refuses this training: {error}") from error
+    engine.basic_optimizer.state.clear()
+    for name, weight, value in zip(engine_state.moving(module.model), weights, before, strict=True):
+        if weight.dtype != torch.float32 and (exact := _exact(value, stored.stored_bits(name))) is not None:
+            engine_state.set_master(engine, weight, exact)  # DeepSpeed made it from the cast weight
+    return engine
 
 
-def masters(engine: Any, keep: torch.dtype) -> list[Tensor]:
-    """Copies of the fp32 masters of what moved, rounded to `keep`, in host memory. Collective."""
+def _exact(held: Tensor, stored: Tensor | None) -> Tensor | None:
+    return stored if stored is not None else held if held.dtype == torch.float32 else None
+
+
+def masters(engine: Any, stored: Stored) -> list[Tensor]:
+    """Copies of the fp32 masters of what moved, each rounded to its stored dtype, in host memory. Collective."""
     return [
-        engine_state.master(engine, p).detach().to("cpu", keep, copy=True)
-        for p in engine_state.moving(engine.module).values()
+        engine_state.master(engine, p).detach().to("cpu", stored.stored_dtype(name), copy=True)
+        for name, p in engine_state.moving(engine.module.model).items()
     ]
 
 
@@ -201,7 +238,8 @@ class Loop:
         if len(self.points) == self.steps:
             return
         stop, due = self.agreed(self.run.stop(), self.kept is not None and self.kept.due)
-        if self.kept is not None and (stop or due):
+        # Under float16 a step that overflows is left out: before the first one that is not, there is nothing to keep.
+        if self.kept is not None and (stop or due) and engine_state.stepped(self.engine):
             points = [asdict(point) for point in self.points]
             about = {"points": points, "resumed": self.resumed, "spent": self.meter.spent()}
             self.kept.save(self.engine, len(self.points), about)

@@ -1,8 +1,8 @@
 """θₜ → θₜ₊₁: continued pretraining on a slice of a corpus, by LoRA (kept as its delta) or on full weights.
 
-The slice is packed (`batches.packed`: attention crosses document boundaries inside a block). Beside the delta or the
-model lies `version.json`, with the sha256 of the new version's materialised tensors: every node that rebuilds the
-version checks itself against it.
+The slice is packed (`batches.packed`), its documents side by side. Beside the delta or the model lies `version.json`,
+with the sha256 of the new version's materialised tensors: every node that rebuilds the version checks itself against
+it.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from portllm.work.batches import Sequences, mixed, packed, update_batches
 from portllm.work.context import RunContext, Summary
 from portllm.work.lora import attach, check_saved, private_copy, save_adapter
 from portllm.work.provenance import write_json
-from portllm.work.training import train
+from portllm.work.training import Whole, train
 from portllm.work.versions import numbered
 
 SHARD = "2GB"
@@ -38,8 +38,8 @@ def update(recipe: Update, inputs: Mapping[str, Path], out: Path, run: RunContex
     model = private_copy(resident.model, recipe.method)
     adapted = attach(model, shape(recipe), recipe.optimization.seed) if recipe.method == "lora" else None
     batches = update_batches(len(data), recipe.optimization.batch, recipe.optimization.seed)
-    keep = resident.storage if adapted is None else torch.float32
-    ledger = train(model, data, batches, recipe.optimization, recipe.method, run, out, keep)
+    stored = resident if adapted is None else Whole()
+    ledger = train(model, data, batches, recipe.optimization, recipe.method, run, out, stored)
     if run.rank == 0:
         if adapted is None:
             save_model(model, resident.path, out)

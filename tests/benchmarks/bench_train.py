@@ -155,7 +155,6 @@ def with_deepspeed(case: dict[str, Any], root: Path, where: Path, out: Path) -> 
 
 def padded(case: dict[str, Any], root: Path, where: Path, out: Path) -> float:
     """Our own loop over the same documents, each a sequence of its own."""
-    import torch
 
     from portllm.work.batches import Sequences, finetune_batches
     from portllm.work.lora import attach, private_copy
@@ -173,7 +172,7 @@ def padded(case: dict[str, Any], root: Path, where: Path, out: Path) -> float:
     flat = np.load(where / "corpus" / "tokens.npy", mmap_mode="r")
     data = Sequences(flat, starts, stops, np.ones_like(starts), offsets, np.load(where / "corpus" / "rows.npy"))
     random = finetune_batches(data.lengths, case["batch"], len(data) // case["batch"], 0, window=1)
-    ledger = train(model, data, random, made.optimization, case["method"], run, out, torch.float32)
+    ledger = train(model, data, random, made.optimization, case["method"], run, out)
     return float(ledger["tokens_per_s"])
 
 

@@ -8,7 +8,7 @@ from portllm.formats.tensors import model_tensors
 from portllm.resolve.shapes import from_config, from_tensors, load_config, shipped
 from portllm.study import estimate
 from portllm.study.facts import ModelFacts, Shape
-from portllm.study.recipes import Base, Finetune, Lora, Optimization, Update
+from portllm.study.recipes import Base, Finetune, Lora, Optimization, Slice, Update
 from portllm.study.resources import Layout
 from portllm.study.steps import Step
 from tests.study.worlds import facts, plan
@@ -50,6 +50,12 @@ def test_an_update_is_reckoned_with_the_arithmetic_that_its_ledger_counts(tmp_pa
         attach(model, recipe.lora, seed=0)
     counted = ledger.flops(model, recipe.tokens, recipe.tokens)
     assert flops(recipe, shape) == pytest.approx(counted, rel=0.02)  # norms
+
+
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_replayed_tokens_cost_what_others_cost(recipe):
+    half = replace(recipe, tokens=recipe.tokens // 2, replay=(Slice(0, recipe.tokens - recipe.tokens // 2),))
+    assert flops(half, SHAPE) == flops(recipe, SHAPE)
 
 
 def test_patches_and_scores_are_reckoned_without_embedding_and_head():

@@ -119,6 +119,7 @@ def test_replay_takes_its_share_from_older_corpora_and_chained_updates_go_on_in_
 @pytest.mark.parametrize(
     "replay, message",
     [("{c: 0.5}", "which is the corpus itself"), ("{old: 0.6, older: 0.5}", "must be below 1"),
+     ("{old: 0.9}", "200 tokens do not fill one sequence of 256"),
      ("{old: 0.01}", "do not fill one sequence"), ("{nowhere: 0.5}", "`nowhere` is not defined")],
 )  # fmt: skip
 def test_a_replay_that_cannot_be_is_refused(replay, message):

@@ -107,6 +107,9 @@ def test_text_jsonl_template_and_generator_are_read(tokenizer: Path, tmp_path: P
     (tmp_path / "a.jsonl").write_text('{"q": "the soup", "n": 3}\n{"q": null, "n": 4}\n')
     recipe = Corpus(Text("jsonl", template="{q} was {n}"))
     assert len(make(tmp_path / "j", recipe, tokenizer=tokenizer, source=tmp_path / "a.jsonl")) == 2
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "the soup"}\n\n{"text": "a bed"}\n\n', encoding="utf-8")
+    found = make(tmp_path / "b", Corpus(Text("jsonl")), tokenizer=tokenizer, source=tmp_path / "b.jsonl")
+    assert sorted(found) == [0, 2]  # a blank line is an empty document
     recipe = Corpus(Text(generator="reviews", documents=7, seed=1))
     assert sorted(make(tmp_path / "g", recipe, tokenizer=tokenizer)) == list(range(7))
 

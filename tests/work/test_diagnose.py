@@ -106,6 +106,16 @@ def test_against_another_patch(made: Path) -> None:
     assert max(max(m["residual"]["angles_out"]) for m in same["modules"].values()) < 0.01
 
 
+def test_what_one_version_s_files_hold_beyond_the_other_s_does_not_count(made: Path, tmp_path: Path) -> None:
+    expected = diagnose(made / "p", read(made / "model"), read(made / "base"))["total"]["update"]
+    more = Path(shutil.copytree(made / "base", tmp_path / "more"))
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(more / "model.safetensors") | buffers, more / "model.safetensors", {"format": "pt"})
+    for first, second in ((made / "model", more), (more, made / "base")):
+        found = diagnose(made / "p", read(first), read(second))["total"]["update"]
+        assert found == pytest.approx(expected if second == more else 0.0)
+
+
 def test_what_does_not_fit_together_is_refused(made: Path, tmp_path: Path) -> None:
     target = "q_proj" if made.name.startswith("llama") else "c_fc"
     few = save_adapter(tmp_path / "few", made / "base", target_modules=[target])

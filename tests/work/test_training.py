@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from portllm.errors import Preempted, StageError
 from portllm.study.recipes import Optimization
 from portllm.study.resources import Layout
 from portllm.study.steps import Step
-from portllm.work import checkpoints, training
+from portllm.work import checkpoints, engine_state, training
 from portllm.work import loss as losses_of
 from portllm.work.checkpoints import complete
 from portllm.work.loss import SummedLoss
@@ -135,6 +136,44 @@ def test_resources_move_rounding_only(layout: Layout, reference: Any, tmp_path: 
     for mine, theirs in zip(model.parameters(), reference[0].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     assert ledger["zero"] == (layout.zero if layout.zero is not None else int(layout.offload))
+
+
+SETTLED = Optimization(learning_rate=1e-3, batch=8, seed=3, weight_decay=0.1, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_masters_begin_with_the_weights_and_not_with_what_bfloat16_leaves_of_them(zero: int, tmp_path: Path) -> None:
+    still = replace(SETTLED, learning_rate=1e-30)
+    assert same(toy.fit(tmp_path, Layout(zero=zero), optimization=still)[0], toy.model())
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_the_zero_stage_moves_rounding_only_in_bfloat16_too(zero: int, tmp_path: Path) -> None:
+    expected, _ = toy.fit(tmp_path / "1", Layout(zero=1), optimization=SETTLED)
+    model, _ = toy.fit(tmp_path / "mine", Layout(zero=zero), optimization=SETTLED)
+    np.testing.assert_allclose(toy.losses(tmp_path / "mine"), toy.losses(tmp_path / "1"), atol=2e-3, rtol=0)
+    mine, theirs, begun = (
+        torch.cat([p.detach().flatten() for p in one.parameters()]) for one in (model, expected, toy.model())
+    )
+    assert (mine - theirs).norm() < 0.05 * (theirs - begun).norm()
+
+
+def test_arithmetic_is_counted_where_zero_3_has_parted_the_weights(reference: Any, tmp_path: Path) -> None:
+    parted = Layout(zero=3, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    assert toy.fit(tmp_path, parted)[1]["flops"] == reference[1]["flops"]
+
+
+def test_a_loss_scale_is_kept_under_either_name_and_nothing_before_the_first_step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    for name in ("loss_scale_config", "loss_scaler"):
+        scale = SimpleNamespace(cur_scale=4096.0, cur_iter=7)
+        optimizer = SimpleNamespace(**{name: scale})
+        engine = SimpleNamespace(optimizer=optimizer, basic_optimizer=torch.optim.AdamW([weight]))
+        assert not engine_state.stepped(engine)
+        weight.grad = torch.ones(1)
+        engine.basic_optimizer.step()
+        assert engine_state.stepped(engine)
+        assert engine_state.numbers(engine) == {"steps": 1.0, "cur_scale": 4096.0, "cur_iter": 7.0}
 
 
 def test_the_ledger_is_read_from_the_engine(reference: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -126,6 +127,31 @@ def test_a_full_update_is_a_complete_model_in_the_storage_dtype(toy: dict[str, P
     facts = json.loads((tmp_path / "full" / "version.json").read_text())
     assert facts["sha256"] == version_digest({"root": tmp_path / "full"})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "full").dtype == torch.bfloat16
+
+
+STILL = replace(MOVES, learning_rate=1e-30, dtype="bfloat16")
+
+
+def test_a_full_update_begins_with_each_tensor_s_own_bits_and_keeps_its_dtype(
+    toy: dict[str, Path], tmp_path: Path
+) -> None:
+    root = shutil.copytree(toy["root"], tmp_path / "root")
+    before = load_file(root / "model.safetensors")
+    before = {name: t.float() * 1.0001 if "norm" in name or "q_proj" in name else t for name, t in before.items()}
+    save_file(before, root / "model.safetensors", {"format": "pt"})
+    run(update, replace(FULL, optimization=STILL), {"root": root, "corpus": toy["corpus"]}, tmp_path / "full")
+    after = load_file(tmp_path / "full" / "model.safetensors")
+    assert {t.dtype for t in before.values()} == {torch.float32, torch.bfloat16}
+    assert before.keys() == after.keys()
+    assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_warm_start_in_bfloat16_begins_with_the_old_patch_s_bits(toy: dict[str, Path], tmp_path: Path) -> None:
+    run(finetune, FINETUNE, tuning(toy), tmp_path / "cold")
+    inputs = tuning(toy) | {"patch1": tmp_path / "cold"}
+    run(finetune, replace(FINETUNE, optimization=STILL), inputs, tmp_path / "warm")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cold", "warm"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(
