@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _end(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())  # type: ignore[attr-defined]
+            sys.exit(2)
         if hasattr(error, "format_message"):  # the command line's own complaint about an argument
             _end(error.format_message(), 2)
         raise
@@ -199,13 +202,15 @@ def _run(
 ) -> Any:
     """Execute the missing steps; a finished study starts neither Ray nor MLflow."""
     from portllm.engine.start import nothing_to_do, run_plan
-    from portllm.report.build import report_path, write_outcome
+    from portllm.report.build import is_current, write_outcome
 
     if missing:
         return run_plan(asked, planned, kept, address, quiet, lambda: write_outcome(asked, planned, kept, command))
     if not quiet:
         print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
-    if not report_path(asked, kept).is_file():  # the run that published the last of them was killed right after
+    if not is_current(
+        asked, planned, kept
+    ):  # edited, or the run that published the last of them was killed right after
         from portllm.track.study import rebuild_study
 
         write_outcome(asked, planned, kept, command)
@@ -332,14 +337,18 @@ def verify(
         raise SpecError(f"{study}: no such study file or patch directory")
     asked, _, planned = _planned(study, override)
     kept = _store(asked, study, store)
-    published = [s for s in planned.steps.values() if kept.has(s.stage, s.key)]
-    bad = [
-        f"{kept.path(s.stage, s.key) / name}: differs from its record ({s.label})"
-        for s in published
-        for name in verify_artifact(kept.path(s.stage, s.key), kept.record(s.stage, s.key))
-    ]
+    there = kept.published(step.stage for step in planned.steps.values())
+    published, bad = [step for key, step in planned.steps.items() if key in there], []
+    for step in published:
+        directory = kept.path(step.stage, step.key)
+        try:
+            names = verify_artifact(directory, kept.record(step.stage, step.key))
+        except StoreError as error:
+            bad.append(f"{error} ({step.label})")
+        else:
+            bad += [f"{directory / name}: differs from its record ({step.label})" for name in names]
     if bad:
-        raise StoreError("\n".join(bad))
+        raise StoreError("\n".join([*bad, "remove these directories, and the next `portllm run` makes them again"]))
     print(f"{len(published)} published steps are intact")
 
 

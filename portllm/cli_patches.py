@@ -250,7 +250,7 @@ def evaluate(
                 if not found:
                     raise
                 failure = error  # what was scored is not lost
-        for line in score_notes(found):
+        for line in score_notes(found, num_fewshot):
             print(line, file=sys.stderr)
         rows = score_rows(model, mode, dtype, [*found, *grouped(asked, found)])
         print_json(rows) if json else print(score_text(rows))

@@ -162,6 +162,33 @@ def test_a_run_killed_after_its_last_step_gets_its_report_from_the_next(finished
     assert _runs(MlflowClient(f"sqlite:///{store / 'mlflow.db'}")) == _runs_of(world, store)
 
 
+def test_an_edited_study_gets_its_report_from_the_next_run(finished):
+    world, store, _ = finished
+    report = store / "studies" / "toy" / "report.html"
+    shown = []
+    for margin in ("0.1", "0.1", "0.02"):
+        portllm("run", world, "--store", store, "--yes", "-o", f"report.margin={margin}")
+        shown.append((report.stat().st_mtime_ns, "10.0 points" in report.read_text()))
+    assert shown[0] == shown[1] and [ten for _, ten in shown] == [True, True, False]
+
+
+def test_damaged_files_are_named_with_what_to_do(finished, tmp_path):
+    import shutil
+
+    world, store, _ = finished
+    shutil.copytree(store, tmp_path / "s")
+    results, record = (
+        sorted((tmp_path / "s").glob(f"artifacts/evaluate/*/{name}")) for name in ("results.json", "record.json")
+    )
+    for file in (results[0], record[1]):
+        file.chmod(0o644)
+        file.write_text("")
+    for command in ("results", "verify"):
+        error = portllm(command, world, "--store", tmp_path / "s", code=1)
+        assert "the next `portllm run` makes" in error and "Traceback" not in error
+    assert all(path.parent.name in error for path in (results[0], record[1]))  # verify names both
+
+
 def test_tracking_that_fails_is_an_error_of_track(finished):
     world, store, _ = finished
     assert "error: " in portllm("track", world, "--store", store, code=1, MLFLOW_TRACKING_URI="bogus://x")

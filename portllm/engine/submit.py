@@ -214,7 +214,7 @@ def pack(file: Path, study: Study, store: str | None, shared: bool) -> Package:
             f"less than {UPLOAD_LIMIT // 1024**2} (largest: {largest.relative_to(base)}); put them on a "
             f"file system the cluster sees and name them by absolute paths, or use --shared"
         )
-    return Package(file.name, kept, files, base)
+    return Package(file.resolve().name, kept, files, base)
 
 
 def _here(base: Path, study: Study, store: str | None) -> Path | str:
@@ -424,6 +424,7 @@ def _print(text: str) -> None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
-    except OSError as error:
-        raise SpecError(f"{file}: {error.strerror or error}") from None
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise SpecError(f"{file}: cannot be read as a study file: {said}") from None

@@ -227,8 +227,11 @@ def _may_be_whole(name: str, config: Mapping[str, Any]) -> bool:
     """Whether the configuration says that a whole tensor of this name belongs to the adapter."""
     if name.endswith(".bias") and config.get("bias") not in (None, "none"):
         return True
-    saved = set(config.get("modules_to_save") or [])
-    return bool(saved & set(name.split("."))) or _is_copy(name)
+    saved = tuple(config.get("modules_to_save") or ())
+    parts = name.split(".")
+    # PEFT takes every module whose name ends so: `norm` is `input_layernorm`, too.
+    modules = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return _is_copy(name) or any(module.endswith(saved) for module in modules)
 
 
 def _target(directory: Path, config: Mapping[str, Any], module: str, parts: Parts) -> Target:

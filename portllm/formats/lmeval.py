@@ -277,9 +277,11 @@ def _check_shots(task: Task, source: TaskSource, file: str, evaluated: list[Any]
 
 
 def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], training: int) -> TaskFacts:
-    metric, filter_name = primary(task)
     requests = _requests(task, evaluated[0], 0, _context(task, evaluated[0]))
-    generates = kind(source.name, requests) == "generate_until"
+    asked = kind(source.name, requests)
+    _check_metrics(task, source.name, evaluated[0], [_UNSAID[asked]] * len(requests))
+    metric, filter_name = primary(task)
+    generates = asked == "generate_until"
     return TaskFacts(
         name=source.name,
         output_type=str(task.OUTPUT_TYPE),
@@ -295,6 +297,31 @@ def _facts(task: Task, source: TaskSource, evaluated: list[dict[str, Any]], trai
         new_tokens=new_tokens(source.name, requests[0].args[1]) if generates else 0,
         template=_template(task.config.doc_to_text),
     )
+
+
+_UNSAID = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": ""}
+"""A response that says nothing, by what is asked for."""
+
+
+def _check_metrics(task: Task, name: str, doc: dict[str, Any], responses: list[Any]) -> None:
+    """Raises ResolveError where lm-eval would compute none of the task's metrics, or not know how to sum one up."""
+    from lm_eval.api.task import ConfigurableTask
+
+    named = task.aggregation()
+    if not named:
+        raise ResolveError(f"task `{name}`: its metric_list names no metric")
+    for metric, aggregate in named.items():
+        if not callable(aggregate):
+            raise ResolveError(f"task `{name}`: metric `{metric}`: lm-eval knows no aggregation of the name it gives")
+    if type(task) is not ConfigurableTask or task.config.process_results is not None:
+        return  # its own code names the metrics
+    try:
+        found = task.process_results(doc, responses)
+    except Exception:  # a metric that cannot judge an answer that says nothing
+        return
+    if not named.keys() & found.keys():
+        raise ResolveError(f"task `{name}`: for output_type {task.OUTPUT_TYPE} lm-eval computes none of the metrics "
+                           f"that its metric_list names: {', '.join(named)}")  # fmt: skip
 
 
 def _template(spec: Any) -> str:

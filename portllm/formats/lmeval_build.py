@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.errors import PortllmError, ResolveError
-from portllm.formats.lmeval_data import brings_data
+from portllm.formats.lmeval_data import brings_data, local_data
 from portllm.formats.lmeval_groups import expand
 from portllm.formats.lmeval_index import locate, merged_config
 
@@ -59,6 +60,8 @@ def build(source: TaskSource) -> Task:
         raise ResolveError(f"`{source.name}` is a group: name its tasks: {', '.join(names[:12])}"
                            f"{', …' if len(names) > 12 else ''}")  # fmt: skip
     _refuse(written, source)
+    if source.data is None and not source.dataset and not {"class", "custom_dataset"} & written.keys():
+        deque(local_data({"task": source.name, **written}), maxlen=0)  # raises for data that are not there
     with quiet():
         try:
             task = _construct(_config(path, source))
@@ -186,6 +189,8 @@ def _why(source: TaskSource, error: Exception) -> str:
     undefined = re.match(r"'([^']+)' is undefined", str(error))
     if undefined:
         return f"{name}: {file_of(source, False)} has no column `{undefined[1]}`, which its templates read"
+    if isinstance(error, KeyError) and "Unknown filter" in str(error):
+        return f"{name}: {str(error.args[0]).splitlines()[0]}, which its filter_list names"
     if isinstance(error, KeyError):
         return f"{name}: {file_of(source, False)} has no column or split {error}, which the task reads"
     if source.data is None and (isinstance(error, OSError) or "Hub" in str(error)):

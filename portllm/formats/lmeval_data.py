@@ -60,8 +60,10 @@ def _loaded(config: Mapping[str, Any], patterns: list[str], data_dir: str) -> It
     start = None if from_hub(config) else _start(task, path, data_dir)
     if start and not patterns:
         if path in LOADERS and not data_dir:  # `datasets` would take every file of the working directory
-            raise ResolveError(f"{task}: dataset_path `{path}` reads files and the definition names none: add "
-                               f"dataset_kwargs with data_files, or data_root to the study")  # fmt: skip
+            raise ResolveError(
+                f"{task}: dataset_path `{path}` reads files and the definition names none: add dataset_kwargs with "
+                f"data_files, or say where they lie (data_root, --data-root)"
+            )
         patterns = ["**"]
     if start and path not in LOADERS:
         yield Path(path)

@@ -52,45 +52,49 @@ def expand(name: str, include_path: Path | None = None) -> list[str]:
     return list(members(name, include_path).tasks)
 
 
-def members(name: str, include_path: Path | None = None) -> Members:
-    """The tasks and the groups behind a task, group or tag name.
+def members(name: str, include_path: Path | None = None, within: tuple[str, ...] = ()) -> Members:
+    """The tasks and the groups behind a task, group or tag name, which the groups `within` name in turn.
 
-    Raises ResolveError for an unknown name, and for a group that changes its members (their few-shot count, say): a
-    name alone cannot carry that.
+    Raises ResolveError for an unknown name, for a group that is empty or its own member, and for one that changes its
+    members (their few-shot count, say): a name alone cannot carry that.
     """
+    if name in within:
+        raise ResolveError(f"group `{name}` is a member of itself: {' > '.join((*within, name))}")
     for _, index in indexes(name, include_path):
         if name in index.tasks:
             return Members((name,))
         if name in index.tags and name not in index.groups:
             return Members(tuple(sorted(index.tags[name])))
-    return _group(name, merged_config(locate(name, include_path)), include_path)
+    return _group(name, merged_config(locate(name, include_path)), include_path, within)
 
 
-def _group(name: str, config: dict[str, Any], include_path: Path | None) -> Members:
+def _group(name: str, config: dict[str, Any], include_path: Path | None, within: tuple[str, ...]) -> Members:
     if changed := sorted(set(config) - _KEYS):
         raise ResolveError(_changes(name, ", ".join(changed)))
-    inside = [_member(name, member, include_path) for member in as_list(config.get("task"))]
+    inside = [_member((*within, name), member, include_path) for member in as_list(config.get("task"))]
     tasks = tuple(dict.fromkeys(chain.from_iterable(found.tasks for found in inside)))
+    if not tasks:
+        raise ResolveError(f"group `{name}` has no tasks")
     joinings = tuple(_joining(name, entry) for entry in as_list(config.get("aggregate_metric_list")))
     own = [Group(name, tasks, joinings)] if joinings else []
     return Members(tasks, tuple(dict.fromkeys(chain(own, *(found.groups for found in inside)))))
 
 
-def _member(group: str, member: Any, include_path: Path | None) -> Members:
+def _member(within: tuple[str, ...], member: Any, include_path: Path | None) -> Members:
     if isinstance(member, str):
-        return members(member, include_path)
+        return members(member, include_path, within)
     if isinstance(member, dict) and "group" in member and set(member) <= _KEYS:
-        return _inner(group, member, include_path)
+        return _inner(within, member, include_path)
     if isinstance(member, dict) and "task" in member and set(member) <= {"task", "task_alias"}:
-        return members(member["task"], include_path)
-    raise ResolveError(_changes(group, str(member)[:80]))
+        return members(member["task"], include_path, within)
+    raise ResolveError(_changes(within[-1], str(member)[:80]))
 
 
-def _inner(group: str, member: dict[str, Any], include_path: Path | None) -> Members:
+def _inner(within: tuple[str, ...], member: dict[str, Any], include_path: Path | None) -> Members:
     """A group that another names, or defines; that one's name then begins with the other's, as in lm-eval."""
     if set(member) == {"group"}:
-        return members(member["group"], include_path)
-    return _group(f"{group}::{member['group']}", member, include_path)
+        return members(member["group"], include_path, within)
+    return _group(f"{within[-1]}::{member['group']}", member, include_path, within)
 
 
 def _joining(group: str, entry: Any) -> Joining:

@@ -7,6 +7,7 @@ lm_eval, datasets or torch.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import functools
 import hashlib
@@ -272,7 +273,7 @@ def _yaml_files(root: Path) -> list[str]:
 def _keys(path: str) -> dict[bytes, bytes]:
     try:
         with open(path, "rb", buffering=0) as file:
-            return dict(_KEYS.findall(b"\n" + file.read()))
+            return dict(_KEYS.findall(b"\n" + file.read().removeprefix(codecs.BOM_UTF8)))
     except OSError:
         return {}
 

@@ -14,6 +14,7 @@ from portllm.errors import SpecError
 from portllm.report.verdicts import Verdict, verdicts
 from portllm.store.results import COLUMNS, COORDINATES, FORESIGHT, diagnoses, items, rows, trainings
 from portllm.store.store import Store
+from portllm.study.keys import digest
 from portllm.study.spec import Study
 from portllm.study.steps import Plan
 
@@ -66,7 +67,8 @@ def write_report(study: Study, plan: Plan, store: Store, path: Path, command: st
     from portllm.report.html import render
 
     found = rows(plan.cells, store)
-    page = render(_facts(study, store, command), found, study_verdicts(study, plan, store), trainings(plan, store))
+    facts = _facts(study, store, command) | {"identity": _identity(study, plan)}
+    page = render(facts, found, study_verdicts(study, plan, store), trainings(plan, store))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
@@ -88,6 +90,17 @@ def write_outcome(study: Study, plan: Plan, store: Store, command: str) -> list[
     table = page.with_name("results.parquet")
     write_rows(found, "parquet", table)
     return [table, page]
+
+
+def is_current(study: Study, plan: Plan, store: Store) -> bool:
+    """Whether the page in the store is of this study, which may have been edited since."""
+    path = report_path(study, store)
+    return path.is_file() and _identity(study, plan) in path.read_text(encoding="utf-8", errors="replace")[:4000]
+
+
+def _identity(study: Study, plan: Plan) -> str:
+    """What rows and page depend on beside the store."""
+    return digest({"study": study.model_dump(mode="json"), "steps": sorted(plan.steps)})
 
 
 def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:

@@ -42,7 +42,7 @@ def render(
     """The page. `study`: name and any of `STUDY`, `models` and `lineages` as name → settings (of any depth)."""
     blocks = [list(members) for _, members in groupby(verdicts, key=lambda verdict: verdict.block)]
     return _template().render(
-        study=dict.fromkeys(STUDY) | dict(study),
+        study=dict.fromkeys((*STUDY, "identity")) | dict(study),
         asked=_asked(study),
         counts=_counts(verdicts),
         headline=headline(verdicts, steps),

@@ -128,13 +128,14 @@ def status_text(plan: Plan, published: set[str], failed: Mapping[str, Mapping[st
 
 
 def status_json(plan: Plan, published: set[str], failed: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per step."""
+    """One entry per step; a failed one with its error and log."""
     return [
         {
             "key": s.key,
             "stage": s.stage,
             "label": s.label,
             "status": "published" if s.key in published else "failed" if s.key in failed else "missing",
+            **({name: failed[s.key][name] for name in ("type", "message", "log")} if s.key in failed else {}),
         }
         for s in plan.steps.values()
     ]

@@ -54,8 +54,13 @@ def _rows(model: str, apply: str, dtype: str, scored: Summed) -> Iterable[dict[s
         yield {name: known.get(name) for name in COLUMNS}
 
 
-def score_notes(found: Iterable[Summed]) -> Iterator[str]:
-    """What a reader of the scores must know: prompts cut to the window, batches that did not fit into memory."""
+def score_notes(found: Sequence[Summed], num_fewshot: int | None = None) -> Iterator[str]:
+    """What a reader of the scores must know: shots that are not those asked for (`num_fewshot`), prompts cut to the
+    window, batches that did not fit into memory."""
+    shots = {scored.task: scored.summary["num_fewshot"] for scored in found}
+    for task, own in shots.items():
+        if num_fewshot not in (None, own):
+            yield f"note: {task}: its definition says num_fewshot {own}, and lm-eval keeps to that"
     for scored in found:
         cell = f"{scored.task}{f' with {scored.patch}' if scored.patch else ''}"
         if cut := scored.summary.get("truncated"):
@@ -84,10 +89,26 @@ def write_items(found: Iterable[Scored], draft: Path, file: Path) -> None:
 
 
 def score_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per cell and metric."""
-    lines = [f"{'task':<20}{'patch':<24}{'metric':<28}{'value':>9}{'stderr':>9}{'n':>7}"]
+    """A line per cell and metric; patches by the shortest end of their paths that tells them apart."""
+    names = _names(dict.fromkeys(patch for row in rows for patch in row["patches"]))
+    lines = [("task", "patch", "metric", "value", "stderr", "n")]
     for row in rows:
-        patch = Path(row["patches"][0]).name if row["patches"] else text.NOTHING
+        patch = names[row["patches"][0]] if row["patches"] else text.NOTHING
         value, stderr = (text.NOTHING if row[name] is None else f"{row[name]:.4f}" for name in ("value", "stderr"))
-        lines.append(f"{row['task']:<20}{patch:<24}{row['metric']:<28}{value:>9}{stderr:>9}{row['n']:>7}")
-    return "\n".join(lines)
+        lines.append((row["task"], patch, row["metric"], value, stderr, str(row["n"])))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{word:{'<' if n < 3 else '>'}{width}}" for n, (word, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _names(paths: Iterable[str]) -> dict[str, str]:
+    parts = {path: Path(path).resolve().parts for path in paths}
+    for size in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: "/".join(found[-size:]) for path, found in parts.items()}
+        if len(set(ends.values())) == len(ends):
+            return ends
+    return {path: path for path in parts}

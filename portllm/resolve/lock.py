@@ -15,8 +15,8 @@ from portllm.study.spec import Study
 
 
 def lock_path(study_file: Path) -> Path:
-    """The lock beside a study file."""
-    return study_file.with_suffix(".lock.json")
+    """The lock beside a study file, wherever links to it lie."""
+    return study_file.resolve().with_suffix(".lock.json")
 
 
 def read_lock(study_file: Path) -> dict[str, str]:
@@ -27,10 +27,10 @@ def read_lock(study_file: Path) -> dict[str, str]:
     try:
         pins = {str(k): str(v) for k, v in json.loads(path.read_bytes())["pins"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ResolveError(f"{path}: not a lock; write it anew with `portllm lock`") from None
+        raise ResolveError(f"{path}: not a lock; remove it, and write it anew with `portllm lock`") from None
     bad = [k for k, v in pins.items() if not pinned(v)]
     if bad:
-        raise ResolveError(f"{path}: {bad[0]}: not a full commit sha; write it anew with `portllm lock`")
+        raise ResolveError(f"{path}: {bad[0]}: not a full commit sha; remove the lock, and run `portllm lock`")
     return pins
 
 

@@ -69,7 +69,7 @@ def resolve(study: Study, sources: Sources, pins: Mapping[str, str]) -> Facts:
         groups=groups,
         deepspeed=own_configurations(study, sources),
         unpinned=tuple(unpinned(study, tasks)),
-        notes=tuple(_notes(corpora)),
+        notes=(*_notes(corpora), *_shots(study, tasks)),
     )
 
 
@@ -136,6 +136,14 @@ def _notes(corpora: dict[str, CorpusFacts]) -> list[str]:
         f"corpus {name}: {len(facts.excluded)} documents hold an evaluated prompt and are left out"
         for name, facts in corpora.items()
         if facts.excluded
+    ]
+
+
+def _shots(study: Study, tasks: dict[str, TaskFacts]) -> list[str]:
+    return [
+        f"task {task.task}: its definition says num_fewshot {own}, and lm-eval keeps to that"
+        for task in study.tasks
+        if (own := tasks[task.task].num_fewshot) != task.num_fewshot and task.num_fewshot is not None
     ]
 
 

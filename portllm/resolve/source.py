@@ -36,7 +36,7 @@ class Sources:
         if not path.is_file():
             kind = "is a directory, a file is meant" if path.is_dir() else "does not exist"
             raise ResolveError(f"{field}: {path} {kind}{'; ' + mend if mend else ''}")
-        self.note(path)
+        self._note_both(text, path)
         return path
 
     def directory(self, text: str, field: str) -> Path:
@@ -45,7 +45,7 @@ class Sources:
         if not path.is_dir():
             kind = "is a file, a directory is meant" if path.exists() else "does not exist"
             raise ResolveError(f"{field}: {path} {kind}")
-        self.note(path)
+        self._note_both(text, path)
         return path
 
     def given(self, what: str, path: Path, files: Iterable[Path]) -> Given:
@@ -57,6 +57,11 @@ class Sources:
         # A single file is its content, whatever it is called; a directory's file names matter.
         content = self.digests.file(path) if path.is_file() else self.digests.files(files, base)
         return Given(given_key(what, content), str(path), what)
+
+    def _note_both(self, text: str, path: Path) -> None:
+        """Where a path leads, and the path as written: a link may lead elsewhere later."""
+        self.note(self.base / Path(text).expanduser())
+        self.note(path)
 
     def note(self, path: Path) -> None:
         """Remember a path for the cache of facts."""

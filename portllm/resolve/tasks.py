@@ -33,7 +33,7 @@ def task_facts(study: Study, task: Task, sources: Sources, pins: Mapping[str, st
         return replace(_offline(source, facts), dataset=dataset, revision=pins.get(f"dataset:{name}"))
     content = [
         "task",
-        3,
+        4,
         package_version("lm_eval"),
         source.name,
         config,
@@ -112,14 +112,14 @@ def _offline(source: lmeval.TaskSource, facts: TaskFacts) -> TaskFacts:
     config = merged_config(lmeval.locate(source.name, source.definition))
     choices = config.get("doc_to_choice")
     metrics: list[dict[str, Any]] = config.get("metric_list") or [{"metric": "acc"}]
-    shots = config.get("num_fewshot") or 0
+    own = config.get("num_fewshot")
     kind = str(config.get("output_type", "generate_until"))
     asked = config.get("generation_kwargs") or {}
     return replace(
         facts,
         output_type=kind,
         metric=str(metrics[0]["metric"]),
-        num_fewshot=shots if source.num_fewshot is None else source.num_fewshot,
+        num_fewshot=(own or 0) if source.num_fewshot is None or own == 0 else source.num_fewshot,
         choices=len(choices) if isinstance(choices, list) else 2,
         new_tokens=new_tokens(source.name, asked) if kind == "generate_until" else 0,
         template=str(config.get("doc_to_text", "")),

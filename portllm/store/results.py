@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from portllm.store.store import Store
+from portllm.store.store import Store, damaged, read_json
 from portllm.study.steps import TRAININGS, Cell, Diagnosis, Plan
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def published_rows(cells: Iterable[Cell], store: Store) -> list[dict[str, Any]]:
 
 def _rows(cell: Cell, store: Store, cache: dict[str, tuple[dict[str, Any], float]]) -> Iterator[dict[str, Any]]:
     if cell.key not in cache:
-        results = json.loads((store.path("evaluate", cell.key) / "results.json").read_bytes())
+        results = read_json(store.path("evaluate", cell.key) / "results.json")
         cache[cell.key] = results, store.record("evaluate", cell.key)["wall_s"]
     results, wall = cache[cell.key]
     for metric in results["metrics"]:
@@ -64,7 +64,7 @@ def _rows(cell: Cell, store: Store, cache: dict[str, tuple[dict[str, Any], float
             "update": cell.update,
             "update_seed": cell.update_seed,
             "task": cell.task,
-            "num_fewshot": cell.num_fewshot,
+            "num_fewshot": results["num_fewshot"],
             "arm": cell.arm,
             "source_model": None if cell.arm == "none" else cell.model,
             "source_t": cell.source_t,
@@ -108,9 +108,14 @@ def _diagnosis(asked: Diagnosis, store: Store) -> dict[str, Any]:
 
 def items(store: Store, key: str) -> "pyarrow.Table":
     """Items of a published cell: doc_id, doc_hash, choice_loglikelihoods, prediction, target, correct, text, filter."""
+    import pyarrow
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(store.path("evaluate", key) / "items.parquet")
+    path = store.path("evaluate", key) / "items.parquet"
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise damaged(path, error) from None
 
 
 def trainings(plan: Plan, store: Store) -> list[dict[str, Any]]:
@@ -125,6 +130,10 @@ def training(step: Any, store: Store) -> dict[str, Any]:
     record = store.record(step.stage, step.key)
     curve = store.path(step.stage, step.key) / "curve.jsonl"
     lines = curve.read_text().splitlines() if curve.is_file() else []
+    try:
+        points = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise damaged(curve, error) from None
     return {
         "stage": step.stage,
         "key": step.key,
@@ -132,7 +141,7 @@ def training(step: Any, store: Store) -> dict[str, Any]:
         "coordinates": dict(step.coordinates),
         "wall_s": record["wall_s"],
         "summary": record["summary"],
-        "curve": [json.loads(line) for line in lines],
+        "curve": points,
         "devices": record["devices"],
         "device_s": record.get("device_s"),
         "expected": record.get("expected"),

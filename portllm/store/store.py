@@ -56,14 +56,7 @@ class Store:
 
     def record(self, stage: str, key: str) -> dict[str, Any]:
         """Record of a published step; a record that does not parse is a StoreError that names it."""
-        path = self.path(stage, key) / RECORD
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: unreadable record ({error}); `portllm verify` finds damaged artifacts") from None
-        if not isinstance(record, dict):
-            raise StoreError(f"{path}: a record is a JSON object")
-        return record
+        return read_json(self.path(stage, key) / RECORD)
 
     # --- attempts
 
@@ -82,9 +75,11 @@ class Store:
     def publish(self, attempt: Path, stage: str, key: str, record: Mapping[str, Any]) -> bool:
         """Make an attempt the step's published output. False if another attempt was first; ours is then discarded."""
         target = self.paths.artifact(stage, key)
-        if self.has(stage, key):
+        if _parses(target / RECORD):
             shutil.rmtree(attempt, ignore_errors=True)
             return False
+        if target.exists():  # damaged since: what is published whole appears by one rename
+            self.discard(target)
         write_json(attempt / RECORD, {"key": key, **record, "files": file_table(attempt)}, sync=True)
         _seal(attempt)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +145,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a published step; StoreError names the file, and how it is made again."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(value, dict):
+        raise damaged(path, "no JSON object")
+    return value
+
+
+def damaged(path: Path, why: object) -> StoreError:
+    """The error for a file of a published step that cannot be read."""
+    return StoreError(f"{path}: is damaged ({why}): remove {path.parent}, and the next `portllm run` makes it again")
+
+
 def write_json(path: Path, value: Any, sync: bool = False) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
@@ -168,7 +179,9 @@ def write_json(path: Path, value: Any, sync: bool = False) -> None:
 def verify(directory: Path, record: Mapping[str, Any]) -> list[str]:
     """Files of an artifact that differ from its record."""
     found = file_table(directory)
-    expected = record["files"]
+    expected = record.get("files")
+    if not isinstance(expected, dict):
+        raise damaged(directory / RECORD, "it names no files")
     names = sorted(set(found) | set(expected))
     return [name for name in names if found.get(name) != expected.get(name)]
 

@@ -152,7 +152,7 @@ def _location(path: str, assignment: str) -> Location:
     if not re.fullmatch(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d+\])*", path):
         raise SpecError(f"-o {assignment}: `{path}` is not a field such as lineages.lora.updates[0].rank")
     parts = re.findall(r"[^.\[\]]+|\[\d+\]", path)
-    return tuple(int(p[1:-1]) if p.startswith("[") else int(p) if p.isdigit() else p for p in parts)
+    return tuple(int(p[1:-1]) if p.startswith("[") else int(p) if p.isdecimal() else p for p in parts)
 
 
 def named(data: Any, location: Location) -> Location:

@@ -115,7 +115,7 @@ class _Planner:
                         update=version.update,
                         update_seed=update_seed if version.trained else None,
                         task=task.task,
-                        num_fewshot=facts.num_fewshot if task.num_fewshot is None else task.num_fewshot,
+                        num_fewshot=facts.num_fewshot,
                         arm=arm,
                         source_t=source,
                         rank=rank,

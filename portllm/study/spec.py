@@ -161,6 +161,8 @@ class Model(Strict):
         _exactly_one(self, "path", "hub", "gguf", "init")
         if self.revision and not self.hub:
             raise ValueError("revision goes with hub")
+        if self.path and (self.dtype or self.shape):
+            raise ValueError("dtype and shape go with hub, gguf and init: a directory has its own")
         return self
 
 

@@ -125,7 +125,9 @@ class Mirror:
             return act()
         except Exception as error:  # tracking must never fail a study
             lines = str(error).strip().splitlines() or [""]
-            self._warnings.append(f"MLflow, {what}: {type(error).__name__}: {lines[0]}")
+            # SQLAlchemy puts how it came to ask before what went wrong.
+            said = next((line for line in lines if not line.startswith("(raised as a result")), lines[0])
+            self._warnings.append(f"MLflow, {what}: {type(error).__name__}: {said}")
             return None
 
 

@@ -20,6 +20,7 @@ from portllm.study.recipes import Dtype, Evaluate, Requests
 from portllm.work.context import RunContext
 from portllm.work.evaluate import evaluate
 from portllm.work.requests import requests
+from portllm.work.resident import require_removable
 from portllm.work.source import Source
 from portllm.work.tokenizing import load_tokenizer, window
 from portllm.work.versions import Versions
@@ -127,6 +128,8 @@ def _checked(model: Path, patches: Sequence[Path], asked: Asked) -> dict[str, di
     tokenizer = _tokenizer(model)
     for patch in patches:
         Source.read(model, [(patch, 1.0)])
+        if asked.apply == "adapter":
+            require_removable(read_adapter(patch))
     found: dict[str, dict[str, Path]] = {}
     for name in asked.tasks:
         for task in lmeval.expand(name, asked.include):

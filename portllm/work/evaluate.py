@@ -127,6 +127,8 @@ def grade(task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, 
             for metric, value in found.items():
                 values[metric, filter_name].append(value)
     task._instances = None
+    if not values:
+        raise StageError(f"task `{task.config.task}` yields none of its metrics: {', '.join(task.aggregation())}")
     primary = lmeval.primary(task)
     if primary not in values:  # a task with its own process_results names its metrics itself
         primary = next(iter(values))

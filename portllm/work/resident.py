@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from portllm.errors import ResolveError, StageError
-from portllm.formats.adapter import stored_name, ties_embeddings
+from portllm.formats.adapter import Adapter, stored_name, ties_embeddings
 from portllm.formats.tensors import TensorEntry, model_tensors, read_json, storage_dtype
 from portllm.work.changes import Applied, Patches, read_patches, touched
 from portllm.work.patches import DTYPES, add, read_tensor, require_same_copies
@@ -147,8 +147,7 @@ class Resident:
         names = [f"patch{index}" for index in range(1, len(adapters) + 1)]
         for name, (adapter, scale) in zip(names, adapters, strict=True):
             where = str(adapter.directory)
-            if whole := {**adapter.replaced, **adapter.copies}:  # PEFT would write over the model's own
-                raise ResolveError(f"{where}: replaces `{min(whole)}`, which mode adapter cannot undo: use merged")
+            require_removable(adapter)
             if wrapped is None:
                 with warnings.catch_warnings():  # of transformers, that PEFT asks by an old name
                     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -163,6 +162,12 @@ class Resident:
                 layer.scaling[name] *= scale
         if wrapped is not None:
             wrapped.base_model.set_adapter(names)
+
+
+def require_removable(adapter: Adapter) -> None:
+    """Refuses a patch whose whole tensors PEFT would write over the model's own, for mode `adapter`."""
+    if whole := {**adapter.replaced, **adapter.copies}:
+        raise ResolveError(f"{adapter.directory}: replaces `{min(whole)}`, which mode adapter cannot undo: use merged")
 
 
 def _load(path: Path, dtype: torch.dtype) -> Any:

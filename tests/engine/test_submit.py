@@ -11,6 +11,7 @@ import yaml
 
 from portllm.engine import submit as sut
 from portllm.errors import EngineError, ResolveError, SpecError
+from portllm.resolve.lock import lock_path
 from portllm.study.spec import Study, load
 
 STUDY = """
@@ -200,6 +201,21 @@ def test_a_job_that_is_not_ours_is_listed_without_a_study() -> None:
     )
     job = sut._job(details)
     assert (job.study, job.status, job.wall_s) == ("", "STOPPED", 2.0)
+
+
+def test_a_linked_study_travels_as_the_file_it_leads_to(tmp_path: Path) -> None:
+    file, study = write_study(tmp_path)
+    (tmp_path / "latest.yaml").symlink_to(file.name)
+    package = sut.pack(tmp_path / "latest.yaml", study, "/mnt/store", shared=False)
+    assert package.study == "study.yaml" and tmp_path / "study.yaml" in package.files
+    assert tmp_path / "study.lock.json" in package.files
+    assert lock_path(tmp_path / "latest.yaml") == tmp_path / "study.lock.json"
+
+
+def test_a_study_that_is_no_utf_8_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(SpecError, match=r"s\.yaml: cannot be read as a study file"):
+        sut.submit(tmp_path / "s.yaml", address="127.0.0.1:9")
 
 
 def test_a_store_below_the_home_directory_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

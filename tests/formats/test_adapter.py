@@ -246,6 +246,9 @@ def test_more_than_deltas_is_told_apart_and_has_no_multiple(tmp_path: Path) -> N
     assert set(biased.replaced) == {f"{Q}.bias", "model.norm.bias"}
     saved = {"base_model.model.lm_head.weight": np.ones((20, 10), "f4")}
     head = read_adapter(save(tmp_path / "head", extra=saved, modules_to_save=["lm_head"]))
+    norms = {"base_model.model.model.layers.0.input_layernorm.weight": np.ones(10, "f4")}
+    norm = read_adapter(save(tmp_path / "norm", extra=norms, modules_to_save=["norm"]))
+    assert set(norm.replaced) == {"model.layers.0.input_layernorm.weight"}  # as PEFT: names that end so
     assert head.beyond_deltas == "replaces `lm_head.weight`"
 
 

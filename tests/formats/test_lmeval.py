@@ -51,6 +51,11 @@ def test_the_users_own_definition_comes_before_lm_evals(tmp_path):
     assert lmeval.locate("rte", tmp_path) == lmeval.locate("rte")
 
 
+def test_a_byte_order_mark_hides_no_definition(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbftask: marked\n")
+    assert lmeval.expand("marked", tmp_path) == ["marked"]
+
+
 def test_an_unknown_task_names_the_nearest_ones():
     with pytest.raises(ResolveError, match=r"no task `winogrand`: did you mean `winogrande`"):
         lmeval.locate("winogrand")

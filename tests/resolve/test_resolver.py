@@ -205,6 +205,38 @@ def test_a_second_look_reads_no_file_again(copy, monkeypatch):
         open_study(copy)
 
 
+@pytest.mark.parametrize(
+    ("field", "name"), [("models.m.path", "model"), ("data_root", "data"), ("corpora.c.path", "c.txt")]
+)
+def test_a_link_that_leads_elsewhere_is_seen(copy, field, name):
+    root = copy.parent
+    write_model(root / "2model", seed=5)
+    shutil.copytree(root / "data", root / "2data")
+    rows = pq.read_table(root / "data" / "mood" / "validation.parquet").to_pylist()
+    write_parquet(root / "2data" / "mood" / "validation.parquet", rows[:-1])
+    write_corpus(root / "c.txt", documents=60)
+    write_corpus(root / "2c.txt", documents=70)
+    (root / "link").symlink_to(name)
+    asked = f"{field}=link"
+    if name == "c.txt":
+        (root / "link.txt").symlink_to(name)
+        asked += ".txt"
+    before = keys(copy, asked)
+    assert keys(copy, asked) == before
+    link = root / asked.partition("=")[2]
+    link.unlink()
+    link.symlink_to(f"2{name}")
+    assert keys(copy, asked) != before
+
+
+def test_shots_that_a_definition_does_not_take_are_said_and_not_claimed(copy):
+    file = copy.parent / "tasks" / "mood.yaml"
+    file.write_text(file.read_text() + "num_fewshot: 0\n")
+    study, facts = open_study(copy, ["tasks=[{task: mood, include_path: tasks, num_fewshot: 3}]"])
+    assert facts.notes == ("task mood: its definition says num_fewshot 0, and lm-eval keeps to that",)
+    assert {cell.num_fewshot for cell in make_plan(study, facts).cells} == {0}
+
+
 def test_a_planted_overlap_is_dropped_from_the_corpus_and_counted(copy):
     import pyarrow.parquet
 

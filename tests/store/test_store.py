@@ -40,6 +40,23 @@ def test_the_first_publication_wins(tmp_path):
     assert (store.path("base", KEY) / "a").read_text() == "first" and not second.exists()
 
 
+@pytest.mark.parametrize("record", [None, "", '{"key": '])
+def test_a_published_step_whose_record_is_lost_is_published_anew(tmp_path, record):
+    store = Store(tmp_path).create()
+    publish(store)
+    path = store.path("update", KEY) / "record.json"
+    path.unlink()
+    if record is not None:
+        path.write_text(record)
+    assert publish(store) and verify(store.path("update", KEY), store.record("update", KEY)) == []
+    assert not publish(store)
+
+
+def test_a_record_without_files_is_damaged(tmp_path):
+    with pytest.raises(StoreError, match="it names no files"):
+        verify(tmp_path, {"a": 1})
+
+
 def test_a_flipped_bit_a_lost_file_and_a_new_file_are_found(tmp_path):
     store = Store(tmp_path).create()
     publish(store)
@@ -77,7 +94,7 @@ def test_recover_discards_an_artifact_whose_record_does_not_parse_and_spares_liv
     record = store.path("update", KEY) / "record.json"
     record.chmod(0o644)
     record.write_text('{"key": ')
-    with pytest.raises(StoreError, match="unreadable record"):
+    with pytest.raises(StoreError, match="is damaged .*: remove .*, and the next `portllm run` makes it again"):
         store.record("update", KEY)
     mine = store.begin(store.new_attempt("j" * 64))
     assert store.recover() == [KEY] and not store.has("update", KEY) and mine.exists()

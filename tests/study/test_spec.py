@@ -30,6 +30,8 @@ from tests.study.worlds import TEXT, study
         ("finetune.rank=0", r"finetune\.rank\[0\]: .*greater than or equal to 1"),
         ("finetune.seeds=[]", r"finetune\.seeds"),
         ("finetune.seeds=[1, 1]", r"finetune\.seeds: a seed stands twice"),
+        ("models.m.dtype=bfloat16", "dtype and shape go with hub, gguf and init"),
+        ("finetune.²=1", "²"),
         ("models.m={hub: 'not an id!'}", r"models\.m\.hub"),
         ("finetune.learning_rate=-1", r"finetune\.learning_rate: .*greater than 0"),
         ("finetune.learning_rate=.inf", r"finetune\.learning_rate"),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from portllm.cli import main
@@ -120,6 +122,38 @@ def test_words_for_a_reader(world: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "mood" in shown and "acc" in shown and len(shown.splitlines()) == 2
 
 
+def odd_tasks(world: Path) -> None:
+    """Definitions that cannot be scored."""
+    tasks = world / "tasks"
+    (tasks / "circle.yaml").write_text("group: circle\ntask: [mood, ring]\n")
+    (tasks / "ring.yaml").write_text("group: ring\ntask: circle\n")
+    (tasks / "empty.yaml").write_text("group: empty\ntask: []\n")
+    text = (tasks / "mood.yaml").read_text()
+    for name, changed in {
+        "odd_filter": text + "filter_list: [{name: x, filter: [{function: nosuch}]}]\n",
+        "odd_metric": text.replace("metric: acc", "metric: ACC"),
+        "no_metric": yaml.safe_dump(yaml.safe_load(text) | {"metric_list": []}),
+    }.items():
+        (tasks / f"{name}.yaml").write_text(changed.replace("task: mood", f"task: {name}"))
+        if not (world / "data" / name).exists():
+            (world / "data" / name).symlink_to("mood")
+
+
+def test_data_that_nobody_named_are_not_looked_for(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "--model", str(world / "model"), "--include-path", str(world / "tasks"), "--tasks", "mood"])
+    assert end.value.code == 2 and "reads files and the definition names none" in capsys.readouterr().err
+
+
+def test_patches_of_one_name_are_told_apart(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        shutil.copytree(world / f"patch{seed}", tmp_path / str(seed) / "lora")
+    patches = [word for seed in range(2) for word in ("--patch", tmp_path / str(seed) / "lora")]
+    lines = evaluate(capsys, world, "--tasks", "mood", "--limit", 4, *patches).splitlines()
+    assert [line.split()[1] for line in lines] == ["patch", "0/lora", "1/lora"]
+    assert len(set(map(len, lines))) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -127,14 +161,20 @@ def test_words_for_a_reader(world: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--tasks", ","], "--tasks"),
         (["--tasks", "mood", "--patch", "nowhere"], "no such patch directory"),
         (["--tasks", "sst2"], "no directory `sst2`"),
+        (["--tasks", "circle"], "group `circle` is a member of itself: circle > ring > circle"),
+        (["--tasks", "empty"], "group `empty` has no tasks"),
+        (["--tasks", "odd_filter"], "Unknown filter 'nosuch'"),
+        (["--tasks", "odd_metric"], "computes none of the metrics that its metric_list names: ACC"),
+        (["--tasks", "no_metric"], "its metric_list names no metric"),
         (["--tasks", "mood", "--items", "nowhere/items.parquet"], "there is no directory nowhere"),
     ],
 )
 def test_bad_input_is_one_error(
     world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    odd_tasks(world)
     error = evaluate(capsys, world, *arguments, code=2)
-    assert message in error and error.startswith("error: ") and "Traceback" not in error
+    assert re.search(message, error) and error.startswith("error: ") and "Traceback" not in error
 
 
 @pytest.mark.parametrize("mend", ["missing", "label"])
