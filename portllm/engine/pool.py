@@ -19,8 +19,8 @@ class Size:
     gpus: int
 
     def fits(self, free: "Size") -> bool:
-        """Whether it fits into what is free."""
-        return self.cpus <= free.cpus and self.gpus <= free.gpus
+        """Whether it fits into what is free; what it does not need may be kept for others beyond that."""
+        return all(need <= left for need, left in ((self.cpus, free.cpus), (self.gpus, free.gpus)) if need)
 
     def __add__(self, other: "Size") -> "Size":
         return Size(self.cpus + other.cpus, self.gpus + other.gpus)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,15 @@ class Runner:
         self.watches[step.key] = Watch(self.store.paths.watch(step.key))
 
     def _next_worker(self) -> tuple[str, Size] | None:
-        """A node and a size that is wanted. One that finds no room now keeps its place before those behind it.
+        """A node and a size that is wanted. One that finds no room keeps what it lacks from those behind it.
 
         So trainings that wait for a GPU leave CPUs to evaluations, and none that waits for CPUs is overtaken for ever.
         """
-        kept = Size(0, 0)
+        kept: dict[str, Size] = {}
         for size in self._wanted_sizes():
-            if node := self._make_room(size, Size(kept.cpus, kept.gpus if size.gpus else 0)):
+            if node := self._make_room(size, kept):
                 return node, size
-            if self.budget.can_ever([size]):
-                kept = Size(max(kept.cpus, size.cpus), max(kept.gpus, size.gpus))
+            kept |= self._lacking(size)
         return None
 
     def _wanted_sizes(self) -> list[Size]:
@@ -171,14 +170,25 @@ class Runner:
         idle = [s.size for s in self.slots if s.step is None]
         return [size for size, count in self.schedule.sizes_wanted().items() if count > idle.count(size)]
 
-    def _make_room(self, size: Size, kept: Size) -> str | None:
+    def _lacking(self, size: Size) -> dict[str, Size]:
+        """The node where a worker that finds no room will find it, and what of its size is short there."""
+        able = [node for node, whole in self.budget.nodes.items() if size.fits(whole)]
+        if not able:
+            return {}
+        node = max(able, key=lambda node: (self.budget.free(node).gpus, self.budget.free(node).cpus))
+        free = self.budget.free(node)
+        return {node: Size(size.cpus if size.cpus > free.cpus else 0, size.gpus if size.gpus > free.gpus else 0)}
+
+    def _make_room(self, size: Size, kept: Mapping[str, Size]) -> str | None:
         """A node with room for a worker beside what is kept, retiring idle ones of other sizes if that helps."""
-        if nodes := self.budget.place([size + kept]):
+        less = {node: Size(0, 0) - part for node, part in kept.items()}
+        if nodes := self.budget.place([size], less):
             return nodes[0]
         idle = [s for s in self.slots if s.step is None and s.size != size]
-        if not self.budget.place([size + kept], _by_node(idle)):
+        back = _by_node(idle)
+        if not self.budget.place([size], back | {n: back.get(n, Size(0, 0)) + part for n, part in less.items()}):
             return None
-        while not (nodes := self.budget.place([size + kept])):
+        while not (nodes := self.budget.place([size], less)):
             self._retire(idle.pop())
         return nodes[0]
 

@@ -238,7 +238,10 @@ def _tasks_with_data(study: Study, base: Path) -> Iterator[str]:
     root = base / Path(study.data_root or "").expanduser()
     for task in study.tasks if root.is_relative_to(base) else ():
         include = base / Path(task.include_path).expanduser() if task.include_path else None
-        yield from (member for member in expand(task.task, include) if data_directory(root, member, include))
+        if include is None or include.is_dir():
+            yield from (member for member in expand(task.task, include) if data_directory(root, member, include))
+        elif (root / task.task).is_dir():  # the definitions lie on the cluster: what is here of their data goes along
+            yield task.task
 
 
 def _paths_in(value: Any, where: str) -> Iterator[tuple[str, str]]:

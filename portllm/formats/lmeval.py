@@ -319,6 +319,7 @@ def _check_metrics(task: Task, name: str, doc: dict[str, Any], responses: list[A
         found = task.process_results(doc, responses)
     except Exception:  # a metric that cannot judge an answer that says nothing
         return
+    named = task.aggregation()  # with what a metric of several numbers has added
     if not named.keys() & found.keys():
         raise ResolveError(f"task `{name}`: for output_type {task.OUTPUT_TYPE} lm-eval computes none of the metrics "
                            f"that its metric_list names: {', '.join(named)}")  # fmt: skip

@@ -3,7 +3,8 @@
 rows → grouped by (model, lineage, t, task, few-shot, rank, apply, dtype) → items paired → comparisons → Holm over the
 tasks → decisions. Only primary rows count. What pairs with what: port and refit of the same update seed and the same
 fine-tuning seed. `none` and a given patch have no fine-tuning seed: one alone meets every row of the other arm, several
-given patches meet it one by one (each with each would count the same patches as more replicates than there are).
+given patches meet it one by one (each with each would count the same patches as more replicates than there are; those
+of the larger arm that find no partner show in its own score only).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ the output, syncs it, and renames the directory to its key. The first rename win
 derived from what exists, never stored. Nothing here reads a pickle.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -75,23 +76,37 @@ class Store:
     def publish(self, attempt: Path, stage: str, key: str, record: Mapping[str, Any]) -> bool:
         """Make an attempt the step's published output. False if another attempt was first; ours is then discarded."""
         target = self.paths.artifact(stage, key)
-        if _parses(target / RECORD):
+        if self.has(stage, key) and not _damaged(target / RECORD):
             shutil.rmtree(attempt, ignore_errors=True)
             return False
-        if target.exists():  # damaged since: what is published whole appears by one rename
-            self.discard(target)
         write_json(attempt / RECORD, {"key": key, **record, "files": file_table(attempt)}, sync=True)
         _seal(attempt)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(attempt, target)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
+        if not self._placed(attempt, target, key):
             self.discard(attempt)
             return False
         _sync_directory(target.parent)
         return True
+
+    def _placed(self, attempt: Path, target: Path, key: str) -> bool:
+        """Whether the attempt took its place. What is whole there stays; what is damaged is moved out of the way."""
+        for _ in range(2):
+            try:
+                os.rename(attempt, target)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            if not _damaged(target / RECORD):
+                return False
+            aside = self.new_attempt(key)
+            with contextlib.suppress(FileNotFoundError):  # another moved it
+                os.rename(target, aside)
+                if not _damaged(aside / RECORD):  # another published between the look and the move
+                    os.rename(aside, target)
+                    return False
+                self.discard(aside)
+        return False
 
     def discard(self, attempt: Path) -> None:
         """Remove a private attempt."""
@@ -103,7 +118,7 @@ class Store:
         removed = []
         for stage in _entries(self.root / "artifacts"):
             for entry in _entries(Path(stage.path)):
-                if not _parses(Path(entry.path) / RECORD):
+                if _damaged(Path(entry.path) / RECORD):
                     self.discard(Path(entry.path))
                     removed.append(entry.name)
         for entry in _entries(self.root / "attempts"):
@@ -198,6 +213,16 @@ def _parses(path: Path) -> bool:
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
     except (OSError, ValueError):
+        return False
+
+
+def _damaged(path: Path) -> bool:
+    """Whether a record is not there, or no record; one that cannot be read right now may be whole."""
+    try:
+        return not isinstance(json.loads(path.read_bytes()), dict)
+    except (FileNotFoundError, ValueError):
+        return True
+    except OSError:
         return False
 
 

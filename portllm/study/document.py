@@ -152,7 +152,7 @@ def _location(path: str, assignment: str) -> Location:
     if not re.fullmatch(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d+\])*", path):
         raise SpecError(f"-o {assignment}: `{path}` is not a field such as lineages.lora.updates[0].rank")
     parts = re.findall(r"[^.\[\]]+|\[\d+\]", path)
-    return tuple(int(p[1:-1]) if p.startswith("[") else int(p) if p.isdecimal() else p for p in parts)
+    return tuple(int(p[1:-1]) if p.startswith("[") else p for p in parts)
 
 
 def named(data: Any, location: Location) -> Location:
@@ -163,6 +163,8 @@ def named(data: Any, location: Location) -> Location:
         sizes = range(len(rest), 1, -1) if isinstance(data, dict) else ()
         size = next((n for n in sizes if ".".join(map(str, rest[:n])) in data), 1)
         part = ".".join(map(str, rest[:size])) if size > 1 else rest[0]
+        if isinstance(data, list) and isinstance(part, str) and part.isdecimal():
+            part = int(part)
         found, rest = [*found, part], rest[size:]
         inside = isinstance(data, list) and isinstance(part, int) and part < len(data)
         data = data[part] if inside else data.get(str(part)) if isinstance(data, dict) else None

@@ -242,7 +242,7 @@ def _root_sum(every: Sequence[Numbers], name: str) -> float:
 
 def update_size(version: Source, base: Source) -> float:
     """‖θₜ − θ₀‖ / ‖θ₀‖ over the weights of both, one of them in memory at a time."""
-    found = {name: _counterpart(name, base) for name in version.tensors}
+    found = _counterparts(version, base)
     pairs = {name: theirs for name, theirs in found.items() if theirs is not None}
     odd = [name for name in version.tensors.keys() - pairs.keys() if not _is_beside(name, version)]
     odd += [name for name in base.tensors.keys() - set(pairs.values()) if not _is_beside(name, base)]
@@ -257,10 +257,18 @@ def update_size(version: Source, base: Source) -> float:
     return (moved / max(before, 1e-300)) ** 0.5
 
 
-def _counterpart(name: str, base: Source) -> str | None:
-    """θ₀'s tensor of a name in θₜ; either may lack the head model's prefix (`stored_name`)."""
-    longer = (other for other in base.tensors if other.partition(".")[2] == name)
-    return stored_name(name, base.tensors) or next(longer, None)
+def _counterparts(version: Source, base: Source) -> dict[str, str | None]:
+    """θ₀'s tensor for each of θₜ; one of them may lack the head model's prefix (`formats.adapter.stored_name`)."""
+    firsts = {name.partition(".")[0] for name in base.tensors}
+    longer = {name.partition(".")[2]: name for name in base.tensors}
+
+    def of(name: str) -> str | None:
+        prefix, _, bare = name.partition(".")
+        if name in base.tensors:
+            return name
+        return bare if bare in base.tensors and prefix not in firsts else longer.get(name)
+
+    return {name: of(name) for name in version.tensors}
 
 
 def _is_beside(name: str, source: Source) -> bool:

@@ -56,11 +56,13 @@ def _metric(summaries: Sequence[Mapping[str, Any]], metric: str, name: str, by_s
         (found["value"], found["stderr"], summary["n"])
         for summary in summaries
         for found in summary["metrics"]
-        if (found["metric"], found["filter"]) == (metric, name) and found["value"] is not None
+        if (found["metric"], found["filter"]) == (metric, name)
     ]
     if not inside:
         return None
     values, stderrs, sizes = map(list, zip(*inside, strict=True))
+    if None in values:  # no number, and so is the mean
+        return {"metric": metric, "filter": name, "value": None, "stderr": None}
     stderr = None
     if None not in stderrs:
         stderr = float(pooled_sample_stderr(stderrs, sizes) if by_size else unweighted_mean_stderr(stderrs))

@@ -44,6 +44,10 @@ class Resident:
         stored = stored_name(name, self._tensors)
         return DTYPES[self._tensors[stored].dtype] if stored else self.storage
 
+    def in_files(self, name: str) -> bool:
+        """Whether a parameter's bits can be read again."""
+        return stored_name(name, self._tensors) is not None
+
     def stored_bits(self, name: str) -> torch.Tensor | None:
         """A parameter's own bits, fp32, where the model's dtype does not hold them."""
         stored = stored_name(name, self._tensors)

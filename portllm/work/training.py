@@ -42,6 +42,9 @@ class Stored(Protocol):
     """How what moves is stored, parameter by parameter."""
 
     def stored_dtype(self, name: str) -> torch.dtype: ...
+    def in_files(self, name: str) -> bool:
+        """Whether its bits can be read again."""
+
     def stored_bits(self, name: str) -> Tensor | None:
         """fp32; None where the model in memory holds them."""
 
@@ -54,6 +57,9 @@ class Whole:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.dtype
+
+    def in_files(self, name: str) -> bool:
+        return False
 
     def stored_bits(self, name: str) -> Tensor | None:
         return None
@@ -164,7 +170,7 @@ def start(
 
     deepspeed.utils.logger.setLevel("WARNING")
     weights = list(engine_state.moving(module).values())
-    before = [weight.data for weight in weights]
+    exact = {} if optimization.dtype == "float32" else _exact(module, stored)
     # Without ZeRO DeepSpeed steps a half precision's optimizer once to make its state: at rate 0, and forgotten.
     optimizer = torch.optim.AdamW(weights, lr=0.0, betas=optimization.betas, weight_decay=optimization.weight_decay)
     try:
@@ -172,14 +178,21 @@ def start(
     except (ValueError, AssertionError) as error:
         raise StageError(f"DeepSpeed refuses this training: {error}") from error
     engine.basic_optimizer.state.clear()
-    for name, weight, value in zip(engine_state.moving(module.model), weights, before, strict=True):
-        if weight.dtype != torch.float32 and (exact := _exact(value, stored.stored_bits(name))) is not None:
-            engine_state.set_master(engine, weight, exact)  # DeepSpeed made it from the cast weight
+    for name, weight in engine_state.moving(module.model).items() if optimization.dtype != "float32" else ():
+        value = exact.pop(name, None)
+        if (value := stored.stored_bits(name) if value is None else value) is not None:
+            engine_state.set_master(engine, weight, value)  # DeepSpeed made it from the cast weight
     return engine
 
 
-def _exact(held: Tensor, stored: Tensor | None) -> Tensor | None:
-    return stored if stored is not None else held if held.dtype == torch.float32 else None
+def _exact(module: SummedLoss, stored: Stored) -> dict[str, Tensor]:
+    """Copies in host memory of what moves and lies in memory alone, before it is cast."""
+    found = engine_state.moving(module.model).items()
+    return {
+        name: weight.data.to("cpu", copy=True)
+        for name, weight in found
+        if weight.dtype == torch.float32 and not stored.in_files(name)
+    }
 
 
 def masters(engine: Any, stored: Stored) -> list[Tensor]:

@@ -40,6 +40,23 @@ def test_trainings_that_wait_for_a_gpu_leave_cpus_to_evaluations(tmp_path):
     assert found == ["score0", "score1", "score2", "train0"]  # the last cell is left to one of them
 
 
+def test_cpus_are_kept_for_no_training_that_lacks_a_gpu(tmp_path):
+    found = running(tmp_path, {"a": Size(16, 1)}, train=("finetune", 4, 8, 1), score=("evaluate", 4, 8, 0))
+    assert found == ["score0", "train0"]
+
+
+def test_what_waits_at_one_node_keeps_nothing_at_another(tmp_path):
+    nodes = {"a": Size(16, 0), "b": Size(4, 0)}
+    found = running(tmp_path, nodes, train=("finetune", 2, 16, 0), score=("evaluate", 4, 1, 0))
+    assert found == ["score0", "score1", "score2", "train0"]
+
+
+def test_gpus_are_kept_for_a_training_that_lacks_some(tmp_path):
+    nodes = {"a": Size(16, 3)}
+    found = running(tmp_path, nodes, train=("finetune", 2, 1, 2), score=("evaluate", 4, 1, 1))
+    assert found == ["train0"]
+
+
 def test_a_training_that_waits_for_cpus_is_not_overtaken(tmp_path):
     found = running(tmp_path, {"a": Size(6, 0)}, train=("finetune", 2, 4, 0), score=("evaluate", 4, 1, 0))
     assert found == ["train0"]

@@ -72,6 +72,13 @@ def test_groups_travel_as_their_tasks_and_a_deepspeed_configuration_with_its_stu
         sut.pack(file, load(file.read_text(), str(file), ["tasks=[wnli]"])[0], "/mnt/store", shared=False)
 
 
+def test_definitions_on_the_cluster_are_not_looked_for_here(tmp_path: Path) -> None:
+    file, _ = write_study(tmp_path)
+    asked = ["tasks=[{task: rte, include_path: /cluster/tasks}, {task: other, include_path: /cluster/tasks}]"]
+    package = sut.pack(file, load(file.read_text(), str(file), asked)[0], "/mnt/store", shared=False)
+    assert tmp_path / "data/rte/train.parquet" in package.files
+
+
 def test_the_package_keeps_every_file_in_its_place(tmp_path: Path) -> None:
     file, study = write_study(tmp_path / "home")
     target = tmp_path / "scratch"

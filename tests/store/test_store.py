@@ -9,6 +9,7 @@ import time
 import pytest
 
 from portllm.errors import StoreError
+from portllm.store import store as sut
 from portllm.store.store import Store, file_table, verify, write_json
 
 KEY = "k" * 64
@@ -120,3 +121,35 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
     assert file_table(tmp_path)["a.json"]["bytes"] == path.stat().st_size
+
+
+def test_a_publication_between_the_look_and_the_move_stays(tmp_path, monkeypatch):
+    """Another run publishes while this one takes what is damaged for what lies there."""
+    store = Store(tmp_path).create()
+    publish(store)
+    (store.path("update", KEY) / "record.json").unlink()
+    real, looked = sut._damaged, []
+
+    def late(path):
+        found = real(path)
+        if not looked:  # right after this run's look
+            looked.append(path)
+            assert publish(store, "theirs")
+        return found
+
+    attempt = store.begin(store.new_attempt(KEY))
+    (attempt / "a.txt").write_text("mine")
+    monkeypatch.setattr(sut, "_damaged", late)
+    monkeypatch.setattr(Store, "has", lambda *_: False)  # the first look saw nothing
+    assert not store.publish(attempt, "update", KEY, {})
+    assert (store.path("update", KEY) / "sub" / "a.txt").read_text() == "theirs" and not attempt.exists()
+    assert list((tmp_path / "attempts").iterdir()) == []
+
+
+def test_a_record_that_cannot_be_read_right_now_is_left_alone(tmp_path):
+    store = Store(tmp_path).create()
+    publish(store)
+    record = store.path("update", KEY) / "record.json"
+    record.unlink()
+    record.mkdir()  # reading it is an OSError, as of a network drive
+    assert store.recover() == [] and store.path("update", KEY).is_dir()

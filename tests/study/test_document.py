@@ -71,6 +71,11 @@ def test_names_with_dots_are_reached_as_they_are_written():
     document = parse("m:\n  llama-3: {p: 0}\n  llama-3.1-8b:\n    p: 1\n    u: [{v1.0: 2}]\n", "s.yaml")
     data = override(document, ["m.llama-3.1-8b.p=5", "m.llama-3.1-8b.u[0].v1.0=6", "m.llama-3.p=7"]).data
     assert data == {"m": {"llama-3": {"p": 7}, "llama-3.1-8b": {"p": 5, "u": [{"v1.0": 6}]}}}
+    months = parse("m: {v1.05: {p: 1}, v1: {p: 2}}\nl: [{q: 1}]\n", "s.yaml")
+    assert override(months, ["m.v1.05.p=3", "l.0.q=4"]).data == {
+        "m": {"v1.05": {"p": 3}, "v1": {"p": 2}},
+        "l": [{"q": 4}],
+    }
     assert document.located("m.llama-3.1-8b.p: is wrong") == "s.yaml:4: m.llama-3.1-8b.p: is wrong"
 
 
