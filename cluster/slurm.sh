@@ -33,7 +33,8 @@ address="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | 
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # Every node runs the same line: the first becomes the head and runs the study, the others end with it.
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+# srun takes no CPUs per task over from sbatch (Slurm 22.05 and later).
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
 	ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
 	--num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" \
 	-- python jobs/ray_job.py "$@"

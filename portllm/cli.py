@@ -208,13 +208,13 @@ def _run(
         return run_plan(asked, planned, kept, address, quiet, lambda: write_outcome(asked, planned, kept, command))
     if not quiet:
         print(f"{planned.name}: all {len(planned.steps)} steps are published", file=sys.stderr)
-    if not is_current(
-        asked, planned, kept
-    ):  # edited, or the run that published the last of them was killed right after
+    # Edited since, or the last of them was published by a run that was killed right after, a step, another study.
+    if not is_current(asked, planned, kept):
         from portllm.track.study import rebuild_study
 
         write_outcome(asked, planned, kept, command)
-        rebuild_study(asked, planned, kept)
+        for warning in rebuild_study(asked, planned, kept)[1]:
+            print(f"tracking: {warning}", file=sys.stderr)
     return nothing_to_do()
 
 

@@ -66,8 +66,9 @@ def write_report(study: Study, plan: Plan, store: Store, path: Path, command: st
     """Write the page; returns its path. `command`: what makes this very study again."""
     from portllm.report.html import render
 
+    # Before the rows are read: what is published in between makes the page stale, not wrong.
+    facts = _facts(study, store, command) | {"identity": _identity(study, plan, store)}
     found = rows(plan.cells, store)
-    facts = _facts(study, store, command) | {"identity": _identity(study, plan)}
     page = render(facts, found, study_verdicts(study, plan, store), trainings(plan, store))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -93,14 +94,17 @@ def write_outcome(study: Study, plan: Plan, store: Store, command: str) -> list[
 
 
 def is_current(study: Study, plan: Plan, store: Store) -> bool:
-    """Whether the page in the store is of this study, which may have been edited since."""
+    """Whether rows and page in the store are of this study, which may have been edited, and of all its results."""
     path = report_path(study, store)
-    return path.is_file() and _identity(study, plan) in path.read_text(encoding="utf-8", errors="replace")[:4000]
+    if not (path.is_file() and path.with_name("results.parquet").is_file()):
+        return False
+    return _identity(study, plan, store) in path.read_text(encoding="utf-8", errors="replace")[:4000]
 
 
-def _identity(study: Study, plan: Plan) -> str:
-    """What rows and page depend on beside the store."""
-    return digest({"study": study.model_dump(mode="json"), "steps": sorted(plan.steps)})
+def _identity(study: Study, plan: Plan, store: Store) -> str:
+    """What rows and page depend on."""
+    published = store.published(step.stage for step in plan.steps.values()) & plan.steps.keys()
+    return digest({"study": study.model_dump(mode="json"), "steps": sorted(plan.steps), "published": sorted(published)})
 
 
 def study_verdicts(study: Study, plan: Plan, store: Store) -> list[Verdict]:

@@ -119,9 +119,14 @@ def _grid(panels: Sequence[Panel], label: str, legend: Sequence[str] = (), share
         size = (across * PANEL[0], down * PANEL[1] + (0.3 if legend else 0))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(down, across, squeeze=False, sharey=shared)
-        for axes, panel in zip(grid.flat, panels, strict=False):
+        for number, (axes, panel) in enumerate(zip(grid.flat, panels, strict=False), 1):
             panel(axes)
-            axes.label_outer(remove_inner_ticks=False) if shared else None
+            below = axes.get_xlabel()
+            if shared:
+                axes.label_outer(remove_inner_ticks=False)
+            if number + across > len(panels):  # nothing stands below it
+                axes.xaxis.set_tick_params(labelbottom=True)
+                axes.set_xlabel(below)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         if legend:
@@ -147,4 +152,4 @@ def _svg(figure: Figure, label: str) -> Markup:
     drawing = drawing[drawing.index("<svg") :]
     width = round(figure.get_figwidth() * 96)
     head = f'<svg role="img" aria-label="{escape(label)}" style="width:{width}px;max-width:100%;height:auto"'
-    return Markup(re.sub(r'<svg( width="[^"]*"| height="[^"]*")*', head, drawing, count=1))
+    return Markup(re.sub(r'<svg( width="[^"]*"| height="[^"]*")*', lambda _: head, drawing, count=1))

@@ -219,7 +219,7 @@ def test_on_slurm_every_node_runs_the_study_at_the_head_with_one_token(tmp_path:
     """Slurm's commands and Ray's replaced by ones that say how they were called."""
     commands = {
         "scontrol": 'printf "node1\\nnode2\\n"',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "srun": 'echo "$*" >> srun.log; while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "hostname": "echo 10.0.0.7 fe80::1",
         "ray": 'echo "ray $* wait=$RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT mode=$RAY_AUTH_MODE '
         'token=${#RAY_AUTH_TOKEN}"',
@@ -249,6 +249,7 @@ def test_on_slurm_every_node_runs_the_study_at_the_head_with_one_token(tmp_path:
         "ray symmetric-run --address 10.0.0.7:21234 --min-nodes 2 --num-cpus 16 --num-gpus 1 "
         "-- python jobs/ray_job.py my study.yaml --store /scratch/store wait=600 mode=token token=64\n"
     )
+    assert "--cpus-per-task=16 ray symmetric-run" in (tmp_path / "srun.log").read_text()
 
 
 def test_the_slurm_script_without_a_study_says_how_to_call_it() -> None:

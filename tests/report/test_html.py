@@ -2,9 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
+from portllm.report import figures
 from portllm.report.costs import costs
 from portllm.report.html import headline, render
 from portllm.report.verdicts import verdicts
@@ -72,7 +74,7 @@ def test_the_same_data_give_the_same_page(page: str, made_up: MadeUp) -> None:
 
 
 def test_text_of_the_study_is_escaped_everywhere(made_up: MadeUp) -> None:
-    evil = '<script>alert("x")</script>$\\frac{1}{2}$&'
+    evil = '<script>alert("x")</script>$\\frac{1}{2}$& \\d'
     rows = [{**row, "task": evil, "lineage": evil, "model": evil} for row in made_up.rows if row["task"] == "easy"]
     steps = [{**step, "label": evil, "coordinates": {**step["coordinates"], "lineage": evil}} for step in made_up.steps]
     study = {
@@ -85,6 +87,18 @@ def test_text_of_the_study_is_escaped_everywhere(made_up: MadeUp) -> None:
     page = render(study, rows, verdicts(rows[:10], made_up.items), steps)
     assert "<script" not in page
     Balanced().feed(page)
+
+
+@pytest.mark.parametrize(("panels", "labelled"), [(3, [0, 1, 2]), (4, [1, 2, 3]), (5, [2, 3, 4])])
+def test_every_panel_with_nothing_below_it_has_its_axis(panels: int, labelled: list[int]) -> None:
+    seen: list[Any] = []
+
+    def panel(axes: Any) -> None:
+        axes.set_xlabel("version t")
+        seen.append(axes)
+
+    figures._grid([panel] * panels, "x", shared=True)
+    assert [n for n, axes in enumerate(seen) if axes.get_xlabel()] == labelled
 
 
 def test_a_study_without_results_has_a_page_too() -> None:
