@@ -138,7 +138,7 @@ class Store:
 
     def failures(self, key: str) -> list[dict[str, Any]]:
         """Failed attempts of a step, oldest first."""
-        return [json.loads(p.read_bytes()) for p in sorted(self.paths.failures(key).glob("*.json")) if _parses(p)]
+        return [json.loads(p.read_bytes()) for p in sorted(self.paths.failures(key).glob("*.json")) if not _damaged(p)]
 
 
 def _abandoned(attempt: str) -> bool:
@@ -209,15 +209,8 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _parses(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (OSError, ValueError):
-        return False
-
-
 def _damaged(path: Path) -> bool:
-    """Whether a record is not there, or no record; one that cannot be read right now may be whole."""
+    """Whether a JSON object is not there, or none; one that cannot be read right now may be whole."""
     try:
         return not isinstance(json.loads(path.read_bytes()), dict)
     except (FileNotFoundError, ValueError):

@@ -44,14 +44,20 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One patch (or none) on one task."""
+class Summed:
+    """One patch (or none) on one task, or on a group of them."""
 
     patch: Path | None
     rank: int | None
     task: str
     summary: dict[str, Any]
     """As the stage `evaluate` returns it."""
+
+
+@dataclass(frozen=True)
+class Scored(Summed):
+    """On a task, with its documents."""
+
     items: pa.Table
 
 

@@ -1,27 +1,13 @@
 """Scores of lm-eval's groups, joined from their tasks' as lm-eval joins them (`lm_eval.api.group`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from portllm.formats import lmeval
-from portllm.work.cells import Asked, Scored
+from portllm.work.cells import Asked, Scored, Summed
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """One patch (or none) on one group."""
-
-    patch: Path | None
-    rank: int | None
-    task: str
-    """The group's name."""
-    summary: dict[str, Any]
-    """As a task's: metrics, documents, seconds."""
-
-
-def grouped(asked: Asked, found: Sequence[Scored]) -> Iterator[Grouped]:
+def grouped(asked: Asked, found: Sequence[Scored]) -> Iterator[Summed]:
     """Patch by patch, the groups among `asked` that have a score of their own, where each of their tasks was scored."""
     groups = dict.fromkeys(group for name in asked.tasks for group in lmeval.members(name, asked.include).groups)
     for patch in dict.fromkeys(scored.patch for scored in found):
@@ -29,7 +15,7 @@ def grouped(asked: Asked, found: Sequence[Scored]) -> Iterator[Grouped]:
         for group in groups:
             if set(group.tasks) <= set(cells):
                 inside = [cells[task] for task in group.tasks]
-                yield Grouped(patch, inside[0].rank, group.name, joined(group, [cell.summary for cell in inside]))
+                yield Summed(patch, inside[0].rank, group.name, joined(group, [cell.summary for cell in inside]))
 
 
 def joined(group: lmeval.Group, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
