@@ -115,9 +115,16 @@ def doc_hash(doc: dict[str, Any]) -> str:
 
 
 def primary(task: Task) -> tuple[str, str]:
-    """The metric and the filter a task is judged by: the first of its list, and `strict-match` or its first filter."""
-    filters = [f.name for f in task._filters]
-    return next(iter(task.aggregation())), "strict-match" if "strict-match" in filters else filters[0]
+    """The metric and the filter a task is judged by: the first of its list of which more is better (LAMBADA's accuracy,
+    not its perplexity), else the first; and `strict-match` or its first filter."""
+    metrics, filters = list(task.aggregation()), [f.name for f in task._filters]
+    metric = next((name for name in metrics if higher_is_better(task, name)), metrics[0])
+    return metric, "strict-match" if "strict-match" in filters else filters[0]
+
+
+def higher_is_better(task: Task, metric: str) -> bool:
+    """As the task says; a metric of which it says nothing is taken for one that is better when it is higher."""
+    return (task.higher_is_better() or {}).get(metric) is not False
 
 
 def _context(task: Task, doc: dict[str, Any], num_fewshot: int = 0) -> str | list[str]:

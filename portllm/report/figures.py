@@ -93,7 +93,7 @@ def _versions(axes: Axes, block: Sequence[Verdict], among: Sequence[Verdict]) ->
             )
     axes.set_title(title(block[0], among))
     axes.set_xlabel("version t")
-    axes.set_ylabel(f"{block[0].metric}, points" if scale == 100 else block[0].metric)
+    axes.set_ylabel(f"{block[0].unit}, points" if scale == 100 else block[0].unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -47,6 +47,7 @@ def render(
         counts=_counts(verdicts),
         headline=headline(verdicts, steps),
         margin=text.points(verdicts[0].margin) if verdicts else None,
+        falling=list(dict.fromkeys(v.metric for v in verdicts if not v.higher_is_better)),
         blocks=[_block(block, verdicts) for block in blocks],
         decided=[_line(verdict, _reach(verdicts)) for verdict in verdicts if verdict.decision],
         curves=_curves(verdicts),
@@ -114,7 +115,7 @@ def _block(members: Sequence[Verdict], among: Sequence[Verdict]) -> dict[str, An
     rows = [
         {
             "task": name,
-            "metric": next(v.metric for v in members if v.name == name),
+            "metric": next(v.unit for v in members if v.name == name),
             "cost": _price([v for v in members if v.name == name]),
             "cells": [_scored(at.get((name, t))) for t in times],
         }
@@ -142,7 +143,7 @@ def _scored(verdict: Verdict | None) -> dict[str, Any] | None:
         "arms": scores,
         "decision": verdict.decision,
         "why": verdict.why,
-        "lead": text.difference(verdict.regret, -verdict.scale),
+        "lead": text.difference(verdict.regret, -verdict.sign * verdict.scale),
         "interval": text.interval(verdict.regret, verdict.scale),
         "sure": text.chance(verdict.sure),
     }
@@ -158,7 +159,7 @@ def _line(verdict: Verdict, reach: float) -> dict[str, Any]:
         "retention": text.percent(verdict.retention),
         "regret": text.difference(regret, verdict.scale),
         "p": text.NOTHING if verdict.adjusted_p is None else f"{verdict.adjusted_p:.2g}",
-        "lift": text.difference(lift, verdict.scale),
+        "lift": text.difference(lift, verdict.sign * verdict.scale),
         "lost": text.percent(regret.positive_flips if regret else None),
         "won": text.percent(regret.negative_flips if regret else None),
         "n": None if regret is None else (regret.documents, regret.seeds, regret.paired),

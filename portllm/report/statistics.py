@@ -40,9 +40,9 @@ Floats = NDArray[np.float64]
 Decision = Literal["port", "refit", "unsure"]
 
 MARGIN = 0.02
-"""Largest regret that does not matter, in the metric's unit; a study sets its own. Two points is about the least that a
-usual test set can show: SST-2 has 872 documents, and where port and refit differ on 5 % of them, a regret of 0 has the
-interval ±1.5 points (the paper's largest gap to refit, 0.73 points, needs several thousand)."""
+"""Largest regret that does not matter, as a share of a score's scale; a study sets its own. Two points is about the
+least that a usual test set can show: SST-2 has 872 documents, and where port and refit differ on 5 % of them, a regret
+of 0 has the interval ±1.5 points (the paper's largest gap to refit, 0.73 points, needs several thousand)."""
 DRAWS = 10_000
 LEVEL = 0.95
 
@@ -239,23 +239,24 @@ def retention(lift: Comparison | None, gain: Comparison | None) -> float | None:
     return lift.difference / gain.difference
 
 
-def decide(regret: Comparison | None, margin: float = MARGIN, adjusted_p: float | None = None) -> tuple[Decision, str]:
-    """Port or refit, and why, from the regret (refit − port).
+def decide(
+    regret: Comparison | None, margin: float, words: str, adjusted_p: float | None = None
+) -> tuple[Decision, str]:
+    """Port or refit, and why, from the regret; `words` are the margin's in what is said.
 
     port: the whole interval lies below the margin. refit: the interval lies above 0, the regret is at least the margin
     and stands Holm's correction over the tasks (`adjusted_p` < 0.05). unsure: everything else.
     """
-    points = f"{100 * margin:g} points"
     if regret is None:
         return "unsure", "port and refit were not both evaluated"
     if regret.low is None or regret.high is None:
         return "unsure", "the metric has no known error"
     if regret.high < margin:
-        return "port", f"porting loses less than {points}"
+        return "port", f"porting loses less than {words}"
     if regret.low <= 0:
-        return "unsure", f"the loss may be nothing, or more than {points}"
+        return "unsure", f"the loss may be nothing, or more than {words}"
     if regret.difference < margin:
-        return "unsure", f"there is a loss, perhaps below {points}"
+        return "unsure", f"there is a loss, perhaps below {words}"
     if adjusted_p is not None and adjusted_p >= 1 - LEVEL:
         return "unsure", "the loss does not stand the correction for several tasks"
-    return "refit", f"porting loses {points} or more, beyond its error"
+    return "refit", f"porting loses {words} or more, beyond its error"

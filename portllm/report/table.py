@@ -89,7 +89,11 @@ def schema(columns: Sequence[str] = COLUMNS) -> pa.Schema:
     """Arrow types of the result columns: the same for an empty study as for a full one."""
     import pyarrow as pa
 
-    kinds: dict[str, pa.DataType] = {"patches": pa.list_(pa.string()), "primary": pa.bool_()}
+    kinds: dict[str, pa.DataType] = {
+        "patches": pa.list_(pa.string()),
+        "primary": pa.bool_(),
+        "higher_is_better": pa.bool_(),
+    }
     kinds |= dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys((*FLOATS, *FORESIGHT), pa.float64())
     return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
 
@@ -123,9 +127,7 @@ def legend(verdicts: Sequence[Verdict]) -> str:
 
 
 def _block(members: Sequence[Verdict]) -> Table:
-    table = Table(
-        title=escape(f"{members[0].model} · {members[0].lineage}{_details(members[0])}"), title_justify="left"
-    )
+    table = Table(title=escape(f"{members[0].model} · {members[0].lineage}{_details(members)}"), title_justify="left")
     table.add_column("t", justify="right")
     table.add_column("task")
     arms = shown(members)
@@ -141,15 +143,21 @@ def _block(members: Sequence[Verdict]) -> Table:
     return table
 
 
-def _details(verdict: Verdict) -> str:
-    rank = "" if verdict.rank is None else f", rank {verdict.rank}"
-    return f" ({verdict.metric}{rank}, {verdict.apply}, {verdict.dtype})"
+def _details(members: Sequence[Verdict]) -> str:
+    _, _, rank, apply, dtype = members[0].block
+    parts = [
+        *dict.fromkeys(verdict.unit for verdict in members),
+        f"rank {rank}" if rank is not None else "",
+        apply,
+        dtype,
+    ]
+    return f" ({', '.join(filter(None, parts))})"
 
 
 def _cells(verdict: Verdict, arms: Sequence[str], first: bool) -> list[str | Text]:
     scores = [text.score(verdict.arms.get(arm), verdict.scale) for arm in arms]
     decision = Text(verdict.decision or "", style=STYLE.get(verdict.decision or "", ""))
-    lead = text.difference(verdict.regret, -verdict.scale) if verdict.t else ""
+    lead = text.difference(verdict.regret, -verdict.sign * verdict.scale) if verdict.t else ""
     return [str(verdict.t) if first else "", escape(verdict.name), *scores, lead, decision]
 
 

@@ -60,14 +60,15 @@ class Verdict:
     apply: str
     dtype: str
     metric: str
+    higher_is_better: bool
     arms: Mapping[str, Estimate]
     """By arm name; an arm that was not run is absent."""
     regret: Comparison | None
-    """refit − port."""
+    """What the refit is better by than the port: refit − port, or port − refit where lower scores are better."""
     lift: Comparison | None
-    """port − none."""
+    """What the port is better by than no patch."""
     gain: Comparison | None
-    """refit − none."""
+    """What the refit is better by than no patch."""
     retention: float | None
     adjusted_p: float | None
     """p of the regret, Holm over the tasks of this version."""
@@ -75,8 +76,12 @@ class Verdict:
     """None at t = 0, where the patch was trained."""
     why: str
     margin: float
+    """Largest regret that does not matter, as a share: of the scale of scores that are shares, of the refit's score
+    for other metrics."""
     refit_device_s: float | None
     """Device seconds of one refit, mean over seeds. Porting costs none."""
+    scale: float
+    """What a score is multiplied with for reading: 100 for shares, 1 for other metrics (perplexity)."""
 
     @property
     def name(self) -> str:
@@ -84,9 +89,19 @@ class Verdict:
         return self.task if not self.num_fewshot else f"{self.task} ({self.num_fewshot}-shot)"
 
     @property
-    def scale(self) -> float:
-        """What a score is multiplied with for reading: 100 for shares, 1 for other metrics (perplexity)."""
-        return 100 if all(0 <= arm.value <= 1 for arm in self.arms.values()) else 1
+    def sign(self) -> int:
+        """+1, or −1 where lower scores are better."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def bound(self) -> float:
+        """The margin in the metric's unit."""
+        return self.margin if self.scale == 100 else self.margin * abs(self.arms["refit"].value)
+
+    @property
+    def unit(self) -> str:
+        """The metric, with an arrow where lower scores are better."""
+        return self.metric if self.higher_is_better else f"{self.metric} ↓"
 
     @property
     def block(self) -> tuple[str, str, int | None, str, str]:
@@ -96,7 +111,7 @@ class Verdict:
     @property
     def sure(self) -> float | None:
         """Probability that porting loses less than the margin."""
-        return None if self.regret is None else self.regret.probability_below(self.margin)
+        return None if self.regret is None else self.regret.probability_below(self.bound)
 
 
 def verdicts(
@@ -114,7 +129,7 @@ def verdicts(
     read = None if items is None else lru_cache(maxsize=512)(lambda key, kind: scores(items(key), kind))
     seconds = device_seconds(steps)
     found = [_verdict(group, arms, read, seconds, margin, seed) for group, arms in _groups(rows)]
-    return [_decided(verdict, p) for verdict, p in zip(found, _adjusted(found), strict=True)]
+    return [_decided(verdict, p) for verdict, p in zip(_scaled(found), _adjusted(found), strict=True)]
 
 
 def device_seconds(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -172,13 +187,16 @@ def _verdict(
     group: Group, arms: dict[str, list[Row]], read: Read | None, seconds: Mapping[str, float], margin: float, seed: int
 ) -> Verdict:
     model, lineage, t, task, shots, rank, apply, dtype = group
+    first = next(iter(arms.values()))[0]
+    rising = first["higher_is_better"]
     against = {
-        name: _compared(arms.get(a, []), arms.get(b, []), read, seed)
+        name: _compared(arms.get(a if rising else b, []), arms.get(b if rising else a, []), read, seed)
         for name, a, b in (("regret", "refit", "port"), ("lift", "port", "none"), ("gain", "refit", "none"))
     }
     return Verdict(
         model, lineage, t, task, shots, rank, apply, dtype,
-        metric=next(iter(arms.values()))[0]["metric"],
+        metric=first["metric"],
+        higher_is_better=rising,
         arms={name: _estimated(arms[name], read) for name in ARMS if name in arms},
         retention=retention(against["lift"], against["gain"]),
         adjusted_p=None,
@@ -186,6 +204,7 @@ def _verdict(
         why="the patch was trained here",
         margin=margin,
         refit_device_s=_refit_cost(arms.get("refit", []), seconds),
+        scale=1,
         **against,
     )  # fmt: skip
 
@@ -269,6 +288,12 @@ def _mean_error(rows: Sequence[Row]) -> float | None:
     return None if None in errors else float(np.sqrt(np.mean(np.square(errors))))
 
 
+def _scaled(found: Sequence[Verdict]) -> list[Verdict]:
+    """One scale per task and metric: points where every score lies in [−1, 1] (a correlation may be below 0)."""
+    beyond = {(v.task, v.metric) for v in found if any(abs(arm.value) > 1 for arm in v.arms.values())}
+    return [replace(v, scale=1 if (v.task, v.metric) in beyond else 100) for v in found]
+
+
 def _adjusted(found: Sequence[Verdict]) -> list[float | None]:
     """Holm over the tasks of each version of each block."""
     families: dict[tuple[Any, ...], list[int]] = {}
@@ -290,7 +315,8 @@ def _decided(verdict: Verdict, p: float | None) -> Verdict:
         patched = {"port", "refit"} & set(verdict.arms)
         missing = " and no ".join(sorted({"port", "refit"} - patched))
         return replace(verdict, why=f"no {missing} to compare with" if patched else "no patch was evaluated here")
-    decision, why = decide(verdict.regret, verdict.margin, p)
+    words = f"{100 * verdict.margin:g} " + ("points" if verdict.scale == 100 else f"% of the refit's {verdict.metric}")
+    decision, why = decide(verdict.regret, verdict.bound, words, p)
     if decision == "port" and not (_above(verdict.lift) or _above(verdict.gain)):
         why += ", but neither arm beats `none`: the patch does nothing here"
     return replace(verdict, adjusted_p=p, decision=decision, why=why)

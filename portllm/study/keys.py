@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "requests": 1,
     "update": 4,
     "finetune": 4,
-    "evaluate": 5,
+    "evaluate": 6,
     "export": 1,
     "diagnose": 1,
 }

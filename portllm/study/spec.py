@@ -380,7 +380,7 @@ class ReportSettings(Strict):
     """How the report decides."""
 
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Accuracy a port may lose against a refit and still count as equal."""
+    """Accuracy a port may lose against a refit and count as equal; for metrics that are no shares, of the score."""
 
 
 class Study(Strict):

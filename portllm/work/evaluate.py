@@ -1,9 +1,10 @@
 """Stage `evaluate`: one cell. Patches applied to a resident version, a task's requests scored, lm-eval's own grading.
 
     items.parquet   one row per document and filter (columns in `SCHEMA`)
-    results.json    {"metrics": [{metric, filter, primary, value, stderr}], "n", "num_fewshot"}
+    results.json    {"metrics": [{metric, filter, primary, higher_is_better, value, stderr}], "n", "num_fewshot"}
 
-The primary metric is the first of the task's list, under its filter `strict-match` where it has one, else its first.
+The primary metric is the first of the task's list of which more is better, else the first, under the filter
+`strict-match` where the task has one, else its first.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def _metric(task: Any, key: tuple[str, str], values: list[Any], primary: bool) -
         "metric": key[0],
         "filter": key[1],
         "primary": primary,
+        "higher_is_better": lmeval.higher_is_better(task, key[0]),
         "value": _aggregated(aggregate, values),
         "stderr": _number(stderr(values)) if stderr else None,
     }

@@ -39,18 +39,20 @@ def _metric(summaries: Sequence[Mapping[str, Any]], metric: str, name: str, by_s
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
     inside = [
-        (found["value"], found["stderr"], summary["n"])
+        (found, summary["n"])
         for summary in summaries
         for found in summary["metrics"]
         if (found["metric"], found["filter"]) == (metric, name)
     ]
     if not inside:
         return None
-    values, stderrs, sizes = map(list, zip(*inside, strict=True))
+    about = {"metric": metric, "filter": name, "higher_is_better": inside[0][0]["higher_is_better"]}
+    values, stderrs = ([found[column] for found, _ in inside] for column in ("value", "stderr"))
     if None in values:  # no number, and so is the mean
-        return {"metric": metric, "filter": name, "value": None, "stderr": None}
+        return {**about, "value": None, "stderr": None}
+    sizes = [n for _, n in inside]
     stderr = None
     if None not in stderrs:
         stderr = float(pooled_sample_stderr(stderrs, sizes) if by_size else unweighted_mean_stderr(stderrs))
     value = float(aggregate_subtask_metrics(values, sizes, by_size))
-    return {"metric": metric, "filter": name, "value": value, "stderr": stderr}
+    return {**about, "value": value, "stderr": stderr}

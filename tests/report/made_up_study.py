@@ -68,7 +68,7 @@ class MadeUp:
                 "task": task, "num_fewshot": None, "arm": arm, "source_model": None if arm == "none" else "tiny",
                 "source_t": None if arm == "none" else source_t, "rank": None if arm == "none" else 8, "seed": seed,
                 "patches": patches, "apply": "merged", "dtype": "float32", "metric": "acc", "filter": "none",
-                "primary": True,
+                "primary": True, "higher_is_better": True,
                 "value": float(values.mean()), "stderr": float(values.std(ddof=1) / np.sqrt(N)), "n": N, "key": key,
                 "version_key": version, "wall_s": 1.5,
             }

@@ -174,23 +174,27 @@ def shifted(points: float, n: int = 2000) -> stats.Comparison:
     return stats.compare(refit, port)
 
 
+def decided(regret: stats.Comparison | None, adjusted_p: float | None = None) -> tuple[str, str]:
+    return stats.decide(regret, stats.MARGIN, "2 points", adjusted_p)
+
+
 @pytest.mark.parametrize(
     ("points", "decision"), [(0, "port"), (-10, "port"), (0.5, "port"), (1.7, "unsure"), (2.2, "refit"), (10, "refit")]
 )
 def test_the_decision_follows_the_interval_and_the_margin(points: float, decision: str) -> None:
-    assert stats.decide(shifted(points), margin=0.02)[0] == decision
+    assert decided(shifted(points))[0] == decision
 
 
 def test_too_few_documents_are_unsure_even_without_a_difference() -> None:
-    assert stats.decide(shifted(0, n=50))[0] == "unsure"
-    assert stats.decide(shifted(0, n=2000))[0] == "port"
+    assert decided(shifted(0, n=50))[0] == "unsure"
+    assert decided(shifted(0, n=2000))[0] == "port"
 
 
 def test_refit_must_stand_the_correction_for_several_tasks() -> None:
-    decision, why = stats.decide(shifted(5), adjusted_p=0.2)
+    decision, why = decided(shifted(5), 0.2)
     assert decision == "unsure"
     assert "several tasks" in why
-    assert stats.decide(None)[0] == "unsure"
+    assert decided(None)[0] == "unsure"
 
 
 def test_metrics_without_items_are_compared_unpaired() -> None:
@@ -202,4 +206,4 @@ def test_metrics_without_items_are_compared_unpaired() -> None:
     blind = stats.unpaired(np.array([0.9]), np.array([0.5]), None, 0.04, n=100)
     assert blind.stderr is None
     assert blind.probability_below(0.1) is None
-    assert stats.decide(blind)[0] == "unsure"
+    assert decided(blind)[0] == "unsure"

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
 from portllm.errors import SpecError
+from portllm.report.table import main_table, printed
 from portllm.report.verdicts import Verdict, verdicts
 from tests.report.made_up_study import MadeUp, N
 
@@ -75,6 +77,41 @@ def test_a_metric_that_is_no_mean_over_documents_is_compared_unpaired(made_up: M
         assert verdict.regret is not None
         assert not verdict.regret.paired
         assert verdict.arms["port"].stderr is not None
+
+
+def test_a_metric_of_which_less_is_better_turns_the_comparison_round(made_up: MadeUp) -> None:
+    tables = {key: table.set_column(5, "correct", pc.subtract(1, table["correct"]))
+              for key, table in made_up.tables.items()}  # fmt: skip
+    rows = [{**row, "metric": "error", "higher_is_better": False, "value": 1 - row["value"]} for row in made_up.rows]
+    right, wrong = verdicts(made_up.rows, made_up.items), verdicts(rows, tables.__getitem__)
+    assert [v.decision for v in wrong] == [v.decision for v in right]
+    for a, b in zip(right, wrong, strict=True):
+        assert b.arms["refit"].value == pytest.approx(1 - a.arms["refit"].value)
+        assert a.regret is not None and b.regret is not None
+        assert b.regret.difference == pytest.approx(a.regret.difference)
+        assert b.regret.positive_flips == a.regret.positive_flips
+    shown = printed(main_table([v for v in wrong if v.lineage == "full"]))
+    assert "error ↓" in shown and "+24." in shown  # port−refit: more errors
+
+
+def test_the_margin_of_a_perplexity_is_a_share_of_the_refits(made_up: MadeUp) -> None:
+    worse = {"none": 30.0, "port": 20.3, "refit": 20.0}
+    rows = [{**row, "metric": "ppl", "higher_is_better": False, "value": worse[row["arm"]], "stderr": 0.01}
+            for row in made_up.rows]  # fmt: skip
+    later = [v for v in verdicts(rows, made_up.items) if v.t]
+    assert {v.decision for v in later} == {"port"}
+    assert {v.why for v in later} == {"porting loses less than 2 % of the refit's ppl"}
+    assert {v.decision for v in verdicts(rows, made_up.items, margin=0.01) if v.t} == {"refit"}
+    assert later[0].lift is not None and later[0].lift.difference == pytest.approx(9.7)
+
+
+def test_one_score_beyond_shares_or_below_0_gives_every_cell_of_its_metric_one_scale(made_up: MadeUp) -> None:
+    def scales(low: float, high: float) -> set[float]:
+        rows = [{**row, "value": low if row["arm"] == "none" else 0.5, "stderr": None} for row in made_up.rows]
+        return {v.scale for v in verdicts([*rows[:-1], {**rows[-1], "value": high}]) if v.task == rows[-1]["task"]}
+
+    assert scales(-0.1, 0.5) == {100}  # a correlation
+    assert scales(0.1, 2.5) == {1}
 
 
 def test_two_update_seeds_are_two_replicates_each_the_mean_of_its_patches(made_up: MadeUp) -> None:

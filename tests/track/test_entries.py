@@ -10,7 +10,8 @@ def row(**other: Any) -> dict[str, Any]:
         "model": "tiny", "lineage": "lora", "t": 1, "update": "lora", "update_seed": 0, "task": "sst2",
         "num_fewshot": None, "arm": "port", "source_model": "tiny", "source_t": 0, "rank": 8, "seed": 1,
         "patches": ["patch"], "apply": "merged", "dtype": "float32", "metric": "acc", "filter": "none",
-        "primary": True, "value": 0.8, "stderr": 0.01, "n": 100, "key": "cell", "version_key": "version", "wall_s": 2.0,
+        "primary": True, "higher_is_better": True,
+        "value": 0.8, "stderr": 0.01, "n": 100, "key": "cell", "version_key": "version", "wall_s": 2.0,
     }  # fmt: skip
     return {**plain, **other}
 

@@ -127,7 +127,8 @@ def test_log_likelihood_tasks_score_as_lm_eval_scores_them(world, run, tmp_path)
     results, samples = lm_evals_own(world / "model", lmeval.TaskSource("say", tmp_path, given["data"]), 8)
     values = {m["metric"]: m for m in summary["metrics"]}
     assert values["perplexity"]["value"] == pytest.approx(results["perplexity,none"], rel=1e-5)
-    assert values["perplexity"]["primary"] and values["perplexity"]["stderr"] is None
+    assert not values["perplexity"]["higher_is_better"] and values["perplexity"]["stderr"] is None
+    assert values["acc"]["primary"] and values["acc"]["higher_is_better"]
     assert values["acc"]["value"] == results["acc,none"]
     scores = [item["choice_loglikelihoods"][0] for item in items(tmp_path)]
     np.testing.assert_allclose(scores, [s["resps"][0][0][0] for s in samples], atol=1e-4)

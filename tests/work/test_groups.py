@@ -116,9 +116,10 @@ def test_a_group_whose_task_was_not_scored_has_no_score(
 
 def summary(n: int, **metrics: tuple[float | None, float | None]) -> dict[str, Any]:
     found = [
-        {"metric": name.partition("__")[0], "filter": name.partition("__")[2], "value": value, "stderr": stderr}
+        {"metric": name.partition("__")[0], "filter": name.partition("__")[2], "higher_is_better": True,
+         "value": value, "stderr": stderr}
         for name, (value, stderr) in metrics.items()
-    ]
+    ]  # fmt: skip
     return {"metrics": found, "n": n, "num_fewshot": n % 2, "score_s": 1.5}
 
 
@@ -133,6 +134,7 @@ def test_filters_that_are_not_named_are_those_of_the_tasks_and_a_missing_metric_
     found = joined(group, parts)
     assert [(m["metric"], m["filter"], m["primary"]) for m in found["metrics"]] == [
         ("em", "flexible", True), ("em", "strict", False), ("f1", "strict", False)]  # fmt: skip
+    assert all(m["higher_is_better"] for m in found["metrics"])
     assert [m["value"] for m in found["metrics"]] == [None, pytest.approx(0.2), pytest.approx(0.5)]  # one is no number
     assert [m["stderr"] is None for m in found["metrics"]] == [True, False, True]
     assert (found["n"], found["num_fewshot"], found["score_s"]) == (40, 0, 3.0)
