@@ -132,18 +132,22 @@ quickstart: env
 	$(VENV)/bin/portllm results $(STUDY)
 	$(VENV)/bin/portllm report $(STUDY)
 
-# Tests that start clusters wait more than they compute (two thirds of both cores are idle): the others run beside them.
-CLUSTERS := tests/engine tests/test_failures.py tests/test_main_job.py
+# Tests that start clusters wait more than they compute (two thirds of both cores are idle): three lanes side by side.
+CLUSTERS := tests/engine
+JOBS := tests/test_failures.py tests/test_main_job.py
 
 test: env lint
-	@log=$$(mktemp)
-	$(PY) -m pytest $(CLUSTERS) > $$log 2>&1 &
+	@logs=$$(mktemp -d)
+	$(PY) -m pytest $(CLUSTERS) > $$logs/clusters 2>&1 &
 	clusters=$$!
-	trap 'kill $$clusters 2>/dev/null || true; rm -f $$log' EXIT
+	$(PY) -m pytest $(JOBS) > $$logs/jobs 2>&1 &
+	jobs=$$!
+	trap 'kill $$clusters $$jobs 2>/dev/null || true; rm -rf $$logs' EXIT
 	$(VENV)/bin/mypy
-	$(PY) -m pytest $(addprefix --ignore=,$(CLUSTERS))
-	wait $$clusters || { cat $$log; exit 1; }
-	tail -n 20 $$log
+	$(PY) -m pytest $(addprefix --ignore=,$(CLUSTERS) $(JOBS))
+	wait $$clusters || { cat $$logs/clusters; exit 1; }
+	wait $$jobs || { cat $$logs/jobs; exit 1; }
+	tail -n 20 $$logs/clusters $$logs/jobs
 
 test-long: env
 	@$(PY) -m pytest -m long

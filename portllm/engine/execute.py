@@ -16,6 +16,7 @@ from typing import Any
 from portllm import __version__
 from portllm.engine.failures import Failure
 from portllm.engine.preemption import training
+from portllm.errors import EngineError
 from portllm.store.store import Store
 from portllm.study.steps import TRAININGS, Plan, Step
 from portllm.work.context import RunContext, Summary
@@ -75,9 +76,21 @@ def stage_function(stage: str) -> Any:
 
 def perform(job: Job, attempt: Path, context: RunContext) -> Summary:
     """A step's stage function in this process; one that trains hears of SIGTERM."""
+    _check_device(job.step, context)
     with training() if job.step.stage in TRAININGS else contextlib.nullcontext():
         summary: Summary = stage_function(job.step.stage)(job.step.recipe, job.inputs, attempt, context)
     return summary
+
+
+def _check_device(step: Step, context: RunContext) -> None:
+    if context.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"{step.label} was given a GPU on {socket.gethostname()}, where torch {torch.__version__} finds no "
+                f"CUDA: install torch's CUDA build and a driver there, or -o resources.{step.stage}.gpus=0"
+            )
 
 
 def execute(job: Job, context: RunContext) -> Outcome:

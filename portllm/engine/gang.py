@@ -13,6 +13,7 @@ import ray
 
 from portllm.engine.execute import Job, Outcome, attempted, perform
 from portllm.engine.preemption import listen
+from portllm.engine.workers import accelerator, new_context, prepare
 from portllm.errors import EngineError, PortllmError
 from portllm.store.store import Store
 from portllm.work.context import Summary
@@ -60,7 +61,8 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
             use_gpu=gpus,
             resources_per_worker={"CPU": layout.threads} | ({"GPU": layout.gpus} if gpus else {}),
         ),
-        torch_config=TorchConfig(backend="nccl" if gpus and _cuda() else "gloo"),
+        # By what the ranks hold: this process may be on a node without a GPU.
+        torch_config=TorchConfig(backend="gloo" if accelerator(layout.gpus) == "cpu" else "cpu:gloo,cuda:nccl"),
         run_config=RunConfig(
             name=job.step.key[:16],
             storage_path=str(_train_directory(store)),
@@ -74,8 +76,6 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
 def _rank(config: dict[str, Any]) -> None:
     """One rank: the stage function in its own process, its log beside the others'."""
     from ray.train import get_context
-
-    from portllm.engine.workers import new_context, prepare
 
     job: Job = config["job"]
     where = get_context()
@@ -105,12 +105,6 @@ def _summary_file(attempt: Path) -> Path:
 def _train_directory(store: Store) -> Path:
     """What Ray Train itself writes; removed when the step ends."""
     return store.root / "work" / "train"
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 class WorkerDied(EngineError):

@@ -59,6 +59,9 @@ NEVER_UPLOADED = (
 _PATH_FIELDS = ("path", "gguf", "include_path", "shape", "deepspeed")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 1.0
+STOP_WAIT_S = 40
+"""What Ray grants a cancelled job before it kills it: a run lets its trainings keep their state (`start.GRACE_S`), for
+which Ray's own 3 s are too few."""
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -277,14 +280,19 @@ def _named_below(file: Path, base: Path, study: Study) -> list[Path]:
     return found
 
 
-def walk(path: Path) -> Iterator[Path]:
-    """Files below a path, or the path itself; never repositories, environments, caches and stores."""
+def walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Files below a path, behind links too, or the path itself; never repositories, environments, caches and stores.
+
+    `above`: the real folders it lies in. Raises SpecError for a link that leads nowhere.
+    """
     if path.is_file():
         yield path
-        return
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(f for f in folders if not _excluded(Path(folder) / f))
-        yield from (Path(folder) / name for name in sorted(names) if not _excluded(Path(folder) / name))
+    elif path.is_dir() and (real := path.resolve()) not in above:
+        for inner in sorted(path.iterdir()):
+            if not _excluded(inner):
+                yield from walk(inner, (*above, real))
+    elif not path.exists():
+        raise SpecError(f"{path} is a link that leads nowhere: mend or remove it")
 
 
 def _excluded(path: Path) -> bool:
@@ -307,7 +315,7 @@ def entrypoint(package: Package, overrides: Sequence[str], python: str | None = 
 
 def runtime_env(package: Package, scratch: Path, source: Path | None) -> dict[str, Any]:
     """Ray's runtime environment: the package's files copied to `scratch`, and portllm itself from a checkout."""
-    env: dict[str, Any] = {}
+    env: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     if package.files:
         _copy(package.files, package.base, scratch)
         env["working_dir"] = str(scratch)

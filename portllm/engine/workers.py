@@ -41,14 +41,14 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
     os.environ |= {
         "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": parallel,
     }  # fmt: skip
-    quiet_libraries(gpus)
+    quiet_libraries()
+    os.environ["DS_ACCELERATOR"] = device = accelerator(gpus)
     import torch
 
     from portllm.work.context import RunContext
     from portllm.work.versions import Versions
 
     torch.set_num_threads(threads)
-    device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
     return RunContext(scratch, Versions(), rank=rank, world=world, device=device, log=lambda _: None)
 
 
@@ -65,12 +65,17 @@ def prepare(context: Any, job: Job) -> None:
         context.progress = Reporter(paths.watch(step.key))
 
 
-def quiet_libraries(gpus: int) -> None:
+def accelerator(gpus: int) -> str:
+    """`cuda` for a step that holds GPUs. With DS_ACCELERATOR=cpu in a node's environment its GPUs are logical ones: a
+    study can be tried where there are none."""
+    return "cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
+def quiet_libraries() -> None:
     """No progress bars or advice of other libraries in a worker's output; ninja is found beside the interpreter."""
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus and os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
 
 
 def start_worker(node: str, size: Size, scratch: Path) -> Any:

@@ -18,6 +18,8 @@ from portllm.study.keys import digest
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 NAME_LENGTH = 250
+WALL = "/wall_s"
+"""Ends the name of the metric that tells a cell's seconds."""
 CURVE = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 COORDINATES = (
     "model", "lineage", "t", "update", "update_seed", "task", "arm", "source_model", "source_t", "rank", "seed",
@@ -52,6 +54,7 @@ class Entry:
     path: Path | None = None
     """The published directory."""
     wall_s: float = 0.0
+    """Of a training; a run of cells has a metric `…/wall_s` for each."""
     finished_at: float | None = None
     """Seconds since 1970; None where it is not known."""
 
@@ -84,10 +87,9 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> Entry:
         kind="cells",
         tags={"stage": "evaluate"} | _tags(rows),
         params={"version": first["version_key"], "apply": first["apply"], "dtype": first["dtype"]} | patches,
-        points=[point for name, row in named.items() for point in _scored(name, row)],
+        points=[point for name, row in named.items() for point in _scored(name, row)] + _walls(rows),
         keys={"version": first["version_key"], "patches": list(first["patches"])}
         | {"cells": {name: row["key"] for name, row in named.items()}},
-        wall_s=sum({row["key"]: row["wall_s"] or 0.0 for row in rows}.values()),
     )
 
 
@@ -122,11 +124,20 @@ def clean(name: str) -> str:
 
 
 def _metric(row: Mapping[str, Any]) -> str:
-    shots = "" if not row["num_fewshot"] else f".{row['num_fewshot']}shot"
     kind = "" if row["filter"] in (None, "", "none") else f".{row['filter']}"
+    return clean(f"{_task(row)}/{row['metric']}{kind}")
+
+
+def _task(row: Mapping[str, Any]) -> str:
+    shots = "" if not row["num_fewshot"] else f".{row['num_fewshot']}shot"
     # A task of the user's may hold a slash; the one between task and metric is ours.
-    task = str(row["task"]).replace("/", "_")
-    return clean(f"{task}{shots}/{row['metric']}{kind}")
+    return str(row["task"]).replace("/", "_") + shots
+
+
+def _walls(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Seconds that each cell took."""
+    walls = {clean(f"{_task(row)}{WALL}"): float(row["wall_s"] or 0.0) for row in rows}
+    return [Point(name, wall) for name, wall in walls.items()]
 
 
 def _scored(name: str, row: Mapping[str, Any]) -> list[Point]:

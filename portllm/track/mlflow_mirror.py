@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from portllm.study.keys import digest
-from portllm.track.entries import Entry, Point, cells, groups, joined, training
+from portllm.track.entries import WALL, Entry, Point, cells, groups, joined, training
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -231,11 +231,12 @@ class _Writer:
         if known.finished and not known.lacks(entry) and tags.items() <= known.tags.items():
             return
         self._log(known, entry, tags)
-        self._client.set_terminated(known.run_id, "FINISHED", end_time=known.start_ms + round(1000 * entry.wall_s))
+        known.has(entry)
+        seconds = entry.wall_s or sum(value for name, value in known.metrics.items() if name.endswith(WALL))
+        self._client.set_terminated(known.run_id, "FINISHED", end_time=known.start_ms + round(1000 * seconds))
         known.finished = True
         self._watched.discard(entry.key)
         known.tags |= tags
-        known.has(entry)
 
     def attach(self, path: Path) -> None:
         """A file or directory as the study's artifact."""

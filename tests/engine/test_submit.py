@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from portllm.engine import submit as sut
+from portllm.engine.start import GRACE_S
 from portllm.errors import EngineError, ResolveError, SpecError
 from portllm.resolve.lock import lock_path
 from portllm.study.spec import Study, load
@@ -94,6 +95,18 @@ def test_a_path_that_leaves_the_folder_is_refused_with_its_field(tmp_path: Path)
         sut.pack(file, study, "/mnt/store", shared=False)
 
 
+def test_linked_folders_travel_once_and_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "far/deep/weights").write_text("x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far/round").symlink_to(tmp_path / "model")
+    assert list(sut.walk(tmp_path / "model")) == [tmp_path / "model/linked/deep/weights"]
+    (tmp_path / "model/gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SpecError, match="model/gone is a link that leads nowhere"):
+        list(sut.walk(tmp_path / "model"))
+
+
 def test_an_absolute_path_is_the_clusters_and_stays_as_it_is(tmp_path: Path) -> None:
     file, study = write_study(tmp_path, corpus="/mnt/data/corpus.jsonl")
     assert tmp_path / "corpus.jsonl" not in sut.pack(file, study, "/mnt/store", shared=False).files
@@ -128,7 +141,8 @@ def test_a_shared_study_runs_where_it_lies(tmp_path: Path, monkeypatch: pytest.M
     package = sut.pack(Path("jobs/study.yaml"), study, None, shared=True)
     assert package.study == str(file) and package.files == ()
     assert package.store == str(tmp_path / "portllm-store")
-    assert sut.runtime_env(package, tmp_path / "unused", source=None) == {}
+    env = sut.runtime_env(package, tmp_path / "unused", source=None)
+    assert env == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}} and sut.STOP_WAIT_S > GRACE_S + 10
 
 
 def test_the_entrypoint_survives_the_shell(tmp_path: Path) -> None:

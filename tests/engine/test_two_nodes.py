@@ -25,6 +25,12 @@ arms: [none, port]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """(plan, tasks, actors, placement groups seen while it ran)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # GPUs that are numbers only
+        yield from observed(tmp_path_factory)
+
+
+def observed(tmp_path_factory):
     root = tmp_path_factory.mktemp("nodes")
     study = write_world(root / "w", WIDE)
     planned = json.loads(run("", "plan", study, "--store", root / "s", "--json"))
@@ -35,7 +41,7 @@ def ran(tmp_path_factory):
         watch.stop()
         tasks, actors = events(ray_cluster.address)
     assert report["failed"] == {}
-    return planned, tasks, actors, groups
+    yield planned, tasks, actors, groups
 
 
 class _Watch:

@@ -1,37 +1,19 @@
-"""Resolving: every refusal that can be known before spending, what is remembered, what is screened."""
+"""Every refusal that can be known before spending, and what is screened."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from portllm.errors import ResolveError, SpecError
-from portllm.resolve.lock import write_lock
 from portllm.resolve.resolver import open_study
 from portllm.study.plan import make_plan
-from tests.toys import STUDY, write_corpus, write_model, write_parquet, write_patch, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "w")
-
-
-@pytest.fixture
-def copy(world, tmp_path):
-    """A world of one's own to break."""
-    shutil.copytree(world.parent, tmp_path / "w")
-    return tmp_path / "w" / "study.yaml"
-
-
-def keys(file, *overrides):
-    return set(make_plan(*open_study(file, list(overrides))).steps)
+from tests.resolve.studies import keys, own_data
+from tests.toys import STUDY, write_corpus, write_model, write_parquet, write_patch
 
 
 @pytest.mark.parametrize(
@@ -187,48 +169,6 @@ def test_a_given_version_must_have_the_same_tensors(copy):
         open_study(copy, ["lineages.soft.updates=[{path: v1}]"])
 
 
-def test_a_key_follows_content_and_not_place(copy, tmp_path):
-    before = keys(copy)
-    shutil.move(copy.parent, tmp_path / "elsewhere")
-    moved = tmp_path / "elsewhere" / "study.yaml"
-    assert keys(moved) == before
-    write_corpus(moved.parent / "corpus.txt", documents=201)
-    assert keys(moved) != before
-
-
-def test_a_second_look_reads_no_file_again(copy, monkeypatch):
-    first = open_study(copy)
-    monkeypatch.setattr("portllm.resolve.resolver.resolve", lambda *a: pytest.fail("resolved again"))
-    assert open_study(copy) == first
-    (copy.parent / "model" / "config.json").touch()
-    with pytest.raises(pytest.fail.Exception):
-        open_study(copy)
-
-
-@pytest.mark.parametrize(
-    ("field", "name"), [("models.m.path", "model"), ("data_root", "data"), ("corpora.c.path", "c.txt")]
-)
-def test_a_link_that_leads_elsewhere_is_seen(copy, field, name):
-    root = copy.parent
-    write_model(root / "2model", seed=5)
-    shutil.copytree(root / "data", root / "2data")
-    rows = pq.read_table(root / "data" / "mood" / "validation.parquet").to_pylist()
-    write_parquet(root / "2data" / "mood" / "validation.parquet", rows[:-1])
-    write_corpus(root / "c.txt", documents=60)
-    write_corpus(root / "2c.txt", documents=70)
-    (root / "link").symlink_to(name)
-    asked = f"{field}=link"
-    if name == "c.txt":
-        (root / "link.txt").symlink_to(name)
-        asked += ".txt"
-    before = keys(copy, asked)
-    assert keys(copy, asked) == before
-    link = root / asked.partition("=")[2]
-    link.unlink()
-    link.symlink_to(f"2{name}")
-    assert keys(copy, asked) != before
-
-
 def test_shots_that_a_definition_does_not_take_are_said_and_not_claimed(copy):
     file = copy.parent / "tasks" / "mood.yaml"
     file.write_text(file.read_text() + "num_fewshot: 0\n")
@@ -249,50 +189,6 @@ def test_a_planted_overlap_is_dropped_from_the_corpus_and_counted(copy):
     assert facts.notes == ("corpus c: 1 documents hold an evaluated prompt and are left out",)
 
 
-def test_an_unpinned_hub_id_gives_a_plan_that_does_not_run(copy):
-    study, facts = open_study(copy, ["models.m={hub: a/b, shape: mistral-7b-v0.1}"])
-    assert facts.unpinned == ("model:a/b",)
-    assert make_plan(study, facts).unpinned == ("model:a/b",)
-    pinned = open_study(copy, [f"models.m={{hub: a/b, revision: {'a' * 40}}}"])[1]
-    assert pinned.unpinned == ()
-
-
-def test_a_lock_pins_what_the_study_leaves_open(copy):
-    lock = copy.with_name("study.lock.json")
-    lock.write_text(json.dumps({"pins": {"model:a/b": "1" * 40}}))
-    study, facts = open_study(copy, ["models.m={hub: a/b}"])
-    assert facts.unpinned == () and study.models["m"].revision == "1" * 40
-    lock.write_text(json.dumps({"pins": {"model:a/b": "main"}}))
-    with pytest.raises(ResolveError, match="not a full commit sha"):
-        open_study(copy, ["models.m={hub: a/b}"])
-
-
-def test_tags_of_one_repository_are_pins_of_their_own(copy, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    def repo_info(self, repository, *, revision, repo_type, timeout):
-        asked.append((repository, revision, repo_type))
-        return SimpleNamespace(sha=f"{len(asked)}" * 40)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
-    shape = "shape: mistral-7b-v0.1"
-    overrides = [
-        f"models.m={{hub: a/b, revision: step1, {shape}}}",
-        f"models.n={{hub: a/b, revision: step2, {shape}}}",
-        f"models.o={{hub: a/b, {shape}}}",
-    ]
-    ids = ["model:a/b@step1", "model:a/b@step2", "model:a/b"]
-    assert open_study(copy, overrides)[1].unpinned == tuple(ids)
-    write_lock(copy, ids)
-    assert asked == [("a/b", "step1", "model"), ("a/b", "step2", "model"), ("a/b", None, "model")]
-    study, facts = open_study(copy, overrides)
-    assert [study.models[name].revision for name in "mno"] == [f"{n}" * 40 for n in (1, 2, 3)] and not facts.unpinned
-    moved = open_study(copy, [f"models.m={{hub: a/b, revision: step3, {shape}}}"])[1]
-    assert moved.unpinned == ("model:a/b@step3",)
-
-
 def test_planning_imports_neither_torch_nor_ray(world, tmp_path):
     script = (
         f"import sys; from portllm.cli import main\n"
@@ -310,7 +206,6 @@ def test_planning_imports_neither_torch_nor_ray(world, tmp_path):
 
 
 def test_the_studies_that_ship_are_valid():
-    from pathlib import Path
 
     from portllm.study.spec import load
 
@@ -320,32 +215,6 @@ def test_the_studies_that_ship_are_valid():
     for file in files:
         load(file.read_text(), str(file))
     assert STUDY
-
-
-def test_a_changed_task_definition_is_seen_and_makes_new_keys(copy):
-    before = keys(copy)
-    definition = copy.parent / "tasks" / "mood.yaml"
-    definition.write_text(definition.read_text().replace("positive or negative", "negative or positive"))
-    assert keys(copy) != before
-
-
-def test_training_data_added_later_are_seen(copy):
-    train = copy.parent / "data" / "mood" / "train.parquet"
-    saved = train.read_bytes()
-    train.unlink()
-    with pytest.raises(SpecError, match="no training documents"):
-        keys(copy)
-    train.write_bytes(saved)
-    assert keys(copy)
-
-
-def test_the_window_of_a_model_is_part_of_its_examples(copy):
-    config = copy.parent / "model" / "config.json"
-    before = make_plan(*open_study(copy)).steps
-    config.write_text(config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 48'))
-    after = make_plan(*open_study(copy)).steps
-    examples = [{k for k, s in steps.items() if s.label == "examples mood"} for steps in (before, after)]
-    assert examples[0].isdisjoint(examples[1])
 
 
 def test_a_version_with_another_tokenizer_is_refused(copy):
@@ -388,52 +257,6 @@ def test_hostile_values_are_one_clear_error(copy, override):
         keys(copy, override)
 
 
-def test_a_group_stands_for_its_tasks_each_with_its_settings(copy):
-    (copy.parent / "tasks" / "both.yaml").write_text("group: both\ntask: [mood, tone]\n")
-    asked = "tasks=[{task: both, include_path: tasks, limit: 5}]"
-    for _ in range(2):  # the second from what is remembered
-        study, facts = open_study(copy, [asked])
-        assert [(task.task, task.limit) for task in study.tasks] == [("mood", 5), ("tone", 5)]
-        assert set(facts.tasks) == {"mood", "tone"}
-    assert {cell.task for cell in make_plan(study, facts).cells} == {"mood", "tone"}
-    with pytest.raises(SpecError, match="`mood` stands twice"):
-        open_study(copy, ["tasks=[{task: both, include_path: tasks}, {task: mood, include_path: tasks}]"])
-
-
-def own_data(copy, kwargs):
-    """The study with `mood` alone, whose definition names its data itself."""
-    definition = copy.parent / "tasks" / "own.yaml"
-    text = (copy.parent / "tasks" / "mood.yaml").read_text().replace("task: mood", "task: own")
-    definition.write_text(text + f"dataset_kwargs: {kwargs}\n".replace("{d}", str(copy.parent / "data" / "mood")))
-    copy.write_text(
-        "name: own\nmodels: {m: {path: model}}\nlineages: {a: {model: m, updates: [{path: model}]}}\n"
-        "tasks: [{task: own, include_path: tasks}]\narms: [none]\n"
-    )
-    return copy
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        "{data_files: {train: '{d}/t*.parquet', validation: '{d}/v*.parquet'}}",
-        "{data_dir: '{d}'}",
-        "{data_dir: '{d}', data_files: {train: train.parquet, validation: validation.parquet}}",
-    ],
-)
-def test_data_that_a_definition_names_are_seen_and_make_new_keys(copy, kwargs, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(copy.parent / "cache"))
-    before = steps_of(own_data(copy, kwargs), "own")
-    assert before and steps_of(copy, "own") == before
-    file = copy.parent / "data" / "mood" / "validation.parquet"
-    write_parquet(file, [row | {"label": 1 - row["label"]} for row in pq.read_table(file).to_pylist()])
-    assert steps_of(copy, "own").isdisjoint(before)
-
-
-def steps_of(file, task):
-    """Keys of the steps that a task plays a part in."""
-    return {key for key, step in make_plan(*open_study(file)).steps.items() if task in step.label}
-
-
 def test_data_that_a_definition_names_must_exist_unless_the_study_gives_others(copy):
     with pytest.raises(ResolveError, match=r"task `own`: its data .*none\.parquet does not exist"):
         open_study(own_data(copy, "{data_files: {validation: '{d}/none.parquet'}}"))
@@ -451,88 +274,3 @@ def test_a_task_at_the_hub_takes_no_screening_of_what_is_at_hand_away(copy):
     beside = open_study(copy, ["tasks=[{task: own, include_path: tasks}, arc_easy]"])[1].corpora["c"]
     assert alone.excluded == (50,) and alone.screened
     assert beside == replace(alone, screened=False)
-
-
-def test_a_local_directory_as_a_data_set_is_not_the_hubs(copy):
-    own_data(copy, "{}")
-    file = copy.parent / "tasks" / "own.yaml"
-    file.write_text(file.read_text().replace("dataset_path: parquet", f"dataset_path: {copy.parent / 'data' / 'mood'}"))
-    facts = open_study(copy)[1]
-    assert facts.unpinned == () and facts.tasks["own"].dataset is None and facts.tasks["own"].documents
-
-
-def test_relative_data_of_a_definition_are_looked_for_anew_from_another_directory(copy, monkeypatch):
-    own_data(copy, "{data_files: {train: data/mood/train.parquet, validation: data/mood/validation.parquet}}")
-    monkeypatch.chdir(copy.parent)
-    before = keys(copy)
-    shutil.copytree(copy.parent / "data", copy.parent / "other" / "data")
-    write_parquet(copy.parent / "other/data/mood/validation.parquet", [{"sentence": "it was good", "label": 1}])
-    monkeypatch.chdir(copy.parent / "other")
-    assert keys(copy) != before
-
-
-def test_patches_and_exports_of_a_group_are_those_of_its_tasks(copy):
-    (copy.parent / "tasks" / "both.yaml").write_text("group: both\ntask: [mood, tone]\n")
-    for seed, name in enumerate(("patch", "other")):
-        write_patch(copy.parent / name, copy.parent / "model", seed)
-    group = ["tasks=[{task: both, include_path: tasks}]", "arms=[none, port]", "finetune=null"]
-
-    def planned(*overrides):
-        found = make_plan(*open_study(copy, [*group, *overrides]))
-        assert "finetune" not in {step.stage for step in found.steps.values()}
-        roots = {given.key: Path(given.path).name for given in found.givens.values()}
-        return found, {cell.task: roots[cell.patches[0]] for cell in found.cells if cell.arm == "port"}
-
-    found, patches = planned("patches={both: patch}", "export=[{task: both, arm: port, t: 1}]")
-    assert patches == {"mood": "patch", "tone": "patch"}
-    assert len([step for step in found.steps.values() if step.stage == "export"]) == 1  # the same weights for both
-    assert planned("patches={both: patch, tone: other}")[1] == {"mood": "patch", "tone": "other"}
-    assert planned("patches={mood: other, tone: patch}")[1] == {"mood": "other", "tone": "patch"}
-    with pytest.raises(SpecError, match="finetune: arms port, warm and refit train patches"):
-        planned("patches={mood: other}")
-
-
-def test_an_export_of_nothing_is_an_error(copy):
-    for export, said in (
-        ("{task: moood}", "task moood"),
-        ("{t: 9, arm: port}", "t 9"),
-        ("{arm: none, seed: 0}", "arm none, seed 0"),
-    ):
-        with pytest.raises(SpecError, match=f"export: no planned cell has {said}$"):
-            keys(copy, f"export=[{export}]")
-    assert keys(copy, "export=[{arm: none, t: 1}]")
-
-
-def test_a_group_edited_in_place_is_seen_at_once(copy):
-    file = copy.parent / "tasks" / "both.yaml"
-    asked = ["tasks=[{task: both, include_path: tasks}]"]
-    for members in ("[mood]", "[mood, tone]", "[tone]"):
-        file.write_text(f"group: both\ntask: {members}\n")
-        study, _ = open_study(copy, asked)
-        assert f"[{', '.join(task.task for task in study.tasks)}]" == members
-
-
-def test_a_tag_given_to_another_task_is_seen_at_once(copy):
-    (copy.parent / "tasks" / "deep").mkdir()
-    (copy.parent / "tasks" / "deep" / "base").write_text("output_type: multiple_choice\n")
-    mood, tone = (copy.parent / "tasks" / f"{name}.yaml" for name in ("mood", "tone"))
-    mood.write_text(mood.read_text() + "tag: moods\n")
-    tone.write_text(tone.read_text() + "include: deep/base\n")
-    asked = ["tasks=[{task: moods, include_path: tasks}]"]
-    assert set(open_study(copy, asked)[1].tasks) == {"mood"}
-    (copy.parent / "tasks" / "deep" / "base").write_text("output_type: multiple_choice\ntag: moods\n")
-    assert set(open_study(copy, asked)[1].tasks) == {"mood", "tone"}
-
-
-def test_a_definition_added_below_the_include_path_is_seen_at_once(copy):
-    (copy.parent / "tasks" / "deep").mkdir()
-    open_study(copy)
-    other = (copy.parent / "tasks" / "mood.yaml").read_text().replace("positive or negative", "negative or positive")
-    before = keys(copy)
-    (copy.parent / "tasks" / "deep" / "mood.yaml").write_text(other)  # `deep/` comes before `mood.yaml`
-    assert keys(copy) != before
-
-
-def test_a_link_to_nowhere_among_the_definitions_is_no_error(copy):
-    (copy.parent / "tasks" / ".#mood.yaml").symlink_to("nobody@nowhere")  # an editor's lock
-    assert keys(copy)

@@ -29,7 +29,7 @@ def test_metrics_are_named_task_and_metric_and_tell_filters_and_shots_apart() ->
     names = [point.name for point in cells(rows).points]
     assert names == [
         "sst2/acc", "sst2/acc_stderr", "sst2.5shot/acc", "sst2.5shot/acc_stderr", "gsm8k/exact_match.strict-match",
-        "mine_own/acc", "mine_own/acc_stderr",
+        "mine_own/acc", "mine_own/acc_stderr", "sst2/wall_s", "sst2.5shot/wall_s", "gsm8k/wall_s", "mine_own/wall_s",
     ]  # fmt: skip
 
 

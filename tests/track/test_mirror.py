@@ -127,7 +127,8 @@ def test_cells_have_scores_as_metrics_coordinates_as_tags_and_keys_in_an_artifac
     everything(store)
     read = Read(store)
     ported = next(run for run in read.cells if run.data.tags["arm"] == "port")
-    assert ported.data.metrics == {"sst2/acc": 0.8, "sst2/acc_stderr": 0.01, "rte/acc": 0.6, "rte/acc_stderr": 0.01}
+    scores = {"sst2/acc": 0.8, "sst2/acc_stderr": 0.01, "rte/acc": 0.6, "rte/acc_stderr": 0.01}
+    assert ported.data.metrics == scores | {"sst2/wall_s": row()["wall_s"], "rte/wall_s": row()["wall_s"]}
     assert ported.data.tags["task"] == "rte,sst2"
     assert ported.data.params == {"version": "version", "patch1": "patch", "apply": "merged", "dtype": "float32"}
     assert read.keys(ported)["cells"] == {"sst2/acc": "cell", "rte/acc": "cell2"}
@@ -186,6 +187,7 @@ def test_cells_that_come_later_join_the_run_of_their_version_and_patches(store: 
     assert set(read.keys(ported)["cells"]) == {"sst2/acc", "rte/acc", "wnli/acc"}
     assert ported.data.tags["task"] == "rte,sst2,wnli"
     assert ported.data.tags["lineage"] == "lora,twin"
+    assert ported.info.end_time - ported.info.start_time == 3 * 1000 * row()["wall_s"]
 
 
 def test_a_score_that_changed_is_shown_newest(store: Path) -> None:
