@@ -46,7 +46,7 @@ def costs(steps: Sequence[Step]) -> list[Cost]:
     lines += [
         _cost("first patches", "t = 0, needed by both", [s for s in steps if s["stage"] == "finetune" and _t(s) == 0]),
         _cost("updates", "the provider's side", [s for s in steps if s["stage"] == "update"]),
-        _cost("base models", "", [s for s in steps if s["stage"] == "base"]),
+        _cost("base models", "", [s for s in steps if s["stage"] == "base" and s.get("curve")]),
     ]
     return [line for line in lines if line.trainings or line.name in ("port", "refit")]
 

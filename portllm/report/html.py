@@ -46,17 +46,18 @@ def render(
         asked=_asked(study),
         counts=_counts(verdicts),
         headline=headline(verdicts, steps),
-        margin=text.points(verdicts[0].margin) if verdicts else None,
+        margin=text.share(verdicts[0].margin) if verdicts else None,
+        unscaled=list(dict.fromkeys(v.metric for v in verdicts if v.scale != 100)),
         falling=list(dict.fromkeys(v.metric for v in verdicts if not v.higher_is_better)),
         blocks=[_block(block, verdicts) for block in blocks],
-        decided=[_line(verdict, _reach(verdicts)) for verdict in verdicts if verdict.decision],
+        decided=_decided(verdicts),
         curves=_curves(verdicts),
         costs=[_cost(line) for line in costs(steps)],
         ledger=[_ledger(step) for step in steps],
         losses=figures.training_curves(steps),
         evaluation=_evaluation(rows),
         steps=steps,
-        arms=shown(verdicts),
+        alike=any(not verdict.t for verdict in verdicts) and all(_alike(v) for v in verdicts if not v.t),
         open_rows=OPEN_ROWS,
     )
 
@@ -94,8 +95,11 @@ def _counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 def headline(verdicts: Sequence[Verdict], steps: Sequence[Mapping[str, Any]]) -> str:
     """The study's answer in one or two sentences, made from its numbers only."""
     counts, total = _counts(verdicts), sum(verdict.decision is not None for verdict in verdicts)
-    if not total and any(verdict.t and "port" in verdict.arms for verdict in verdicts):
+    later = {arm for verdict in verdicts if verdict.t for arm in verdict.arms}
+    if not total and "port" in later and "refit" not in later:
         return "Nothing was refitted, so there is nothing to decide: the tables show what the old patch scores."
+    if not total and later - {"none"}:
+        return "There is nothing to decide: port and refit were not both evaluated on an updated version."
     if not total:
         return "There is nothing to decide yet: no patch was evaluated on an updated version."
     parts = [f"the old patch is good enough in {counts['port']} of {total} cases"]
@@ -112,6 +116,7 @@ def _block(members: Sequence[Verdict], among: Sequence[Verdict]) -> dict[str, An
     """One model and lineage: tasks as rows, versions as columns."""
     names, times = list(dict.fromkeys(v.name for v in members)), sorted({v.t for v in members})
     at = {(v.name, v.t): v for v in members}
+    alike = all(_alike(v) for v in members if not v.t)
     rows = [
         {
             "task": name,
@@ -121,7 +126,14 @@ def _block(members: Sequence[Verdict], among: Sequence[Verdict]) -> dict[str, An
         }
         for name in names
     ]
-    return {"title": title(members[0], among), "times": times, "rows": rows}
+    columns = [["none", "patch"] if not t and alike else shown(among) for t in times]
+    return {"title": title(members[0], among), "times": times, "columns": columns, "rows": rows}
+
+
+def _alike(verdict: Verdict) -> bool:
+    """Whether one patch stands for every arm, as at t = 0 where no patch was given."""
+    patched = [verdict.arms[arm].value for arm in ARMS[1:] if arm in verdict.arms]
+    return len(set(patched)) <= 1
 
 
 def _price(members: Sequence[Verdict]) -> str | None:
@@ -138,6 +150,7 @@ def _scored(verdict: Verdict | None) -> dict[str, Any] | None:
         found = verdict.arms.get(arm)
         value = None if found is None else text.points(found.value, verdict.scale)
         scores[arm] = (value, "" if found is None else text.error(found.stderr, verdict.scale))
+    scores["patch"] = next((scores[arm] for arm in ARMS[1:] if scores[arm][0] is not None), scores["port"])
     return {
         "t": verdict.t,
         "arms": scores,
@@ -149,12 +162,18 @@ def _scored(verdict: Verdict | None) -> dict[str, Any] | None:
     }
 
 
-def _line(verdict: Verdict, reach: float) -> dict[str, Any]:
-    """One decision with everything it rests on."""
+def _decided(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Every decision with everything it rests on."""
+    reach = _reach(verdicts)
+    titles = {v.block: title(v, verdicts) for v in {v.block: v for v in verdicts}.values()}
+    return [_line(verdict, titles[verdict.block], reach) for verdict in verdicts if verdict.decision]
+
+
+def _line(verdict: Verdict, where: str, reach: float) -> dict[str, Any]:
     regret, lift = verdict.regret, verdict.lift
     return (_scored(verdict) or {}) | {
         "task": verdict.name,
-        "where": title(verdict, [verdict]),
+        "where": where,
         "rank": verdict.rank,
         "retention": text.percent(verdict.retention),
         "regret": text.difference(regret, verdict.scale),

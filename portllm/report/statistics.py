@@ -95,7 +95,8 @@ class Comparison:
     """Lower end of the 95 % interval."""
     high: float | None
     p_value: float | None
-    """Two-sided: McNemar's exact test for one seed of right-or-wrong scores, else from the draws (at least 2/B)."""
+    """Two-sided: McNemar's exact test for one seed of right-or-wrong scores, else from the draws; beyond the last of
+    them from Student's t, since the correction for hundreds of tasks asks for less than 2/B."""
     negative_flips: float | None
     """Right under b, wrong under a."""
     positive_flips: float | None
@@ -143,7 +144,8 @@ def compare(a_SN: Floats, b_SN: Floats, seed: int = 0) -> Comparison:
     d_SN = np.atleast_2d(a_SN - b_SN)
     S, N = d_SN.shape
     mean = estimate(d_SN)
-    draws_B = _draws(d_SN, np.random.default_rng(seed))
+    unit = max(1.0, float(np.ptp([a_SN.min(), a_SN.max(), b_SN.min(), b_SN.max()])))
+    draws_B, error, freedom = _draws(d_SN, unit, np.random.default_rng(seed))
     low, high = _interval(draws_B)
     binary = bool(np.isin(a_SN, (0.0, 1.0)).all() and np.isin(b_SN, (0.0, 1.0)).all())
     worse, better = int((d_SN < 0).sum()), int((d_SN > 0).sum())
@@ -152,7 +154,7 @@ def compare(a_SN: Floats, b_SN: Floats, seed: int = 0) -> Comparison:
         stderr=mean.stderr,
         low=low,
         high=high,
-        p_value=mcnemar(worse, better) if binary and S == 1 else _p_value(draws_B),
+        p_value=mcnemar(worse, better) if binary and S == 1 else _p_value(draws_B, mean.value / error, freedom),
         negative_flips=worse / (S * N) if binary else None,
         positive_flips=better / (S * N) if binary else None,
         seeds=S,
@@ -161,19 +163,29 @@ def compare(a_SN: Floats, b_SN: Floats, seed: int = 0) -> Comparison:
     )
 
 
-def _draws(d_SN: Floats, rng: np.random.Generator) -> Floats:
-    """B plausible values of the mean difference: bootstrap over documents, stretched to V, mixed to Student's t."""
+def _draws(d_SN: Floats, unit: float, rng: np.random.Generator) -> tuple[Floats, float, float]:
+    """B plausible values of the mean difference: bootstrap over documents, stretched to V, mixed to Student's t; their
+    standard error and degrees of freedom. `unit`: what a document can win or lose."""
     S, N = d_SN.shape
-    padded = np.append(d_SN.mean(axis=0), (1.0, -1.0))
-    # Documents of equal difference are exchangeable: counts per level instead of B x N indices.
-    levels, counts = np.unique(padded, return_counts=True)
-    counts_BL = rng.multinomial(N + 2, counts / (N + 2), size=DRAWS)
-    spread_B = counts_BL @ levels / (N + 2) - padded.mean()
+    padded = np.append(d_SN.mean(axis=0), (unit, -unit))
+    spread_B = _resampled(padded, rng) - padded.mean()
     documents, seeds = float(np.var(padded)) / (N + 2), _variance(d_SN).seeds
     total = documents + seeds
     freedom = total**2 / (documents**2 / (N + 1) + seeds**2 / max(S - 1, 1))
     widen_B = np.sqrt(freedom / rng.chisquare(freedom, size=DRAWS))
-    return np.asarray(d_SN.mean() + spread_B * math.sqrt(total / documents) * widen_B)
+    return np.asarray(d_SN.mean() + spread_B * math.sqrt(total / documents) * widen_B), math.sqrt(total), freedom
+
+
+def _resampled(x_N: Floats, rng: np.random.Generator) -> Floats:
+    """Means of B resamples. Equal values are exchangeable: of few levels counts are drawn instead of B x N places.
+
+    3,000 documents at 5 levels: 3 ms against 0.3 s; at 100 levels the same; at 4,000 9 s against 0.4 s, and 650 MB.
+    """
+    levels, counts = np.unique(x_N, return_counts=True)
+    N = len(x_N)
+    if len(levels) <= 100:
+        return np.asarray(rng.multinomial(N, counts / N, size=DRAWS) @ levels / N)
+    return np.concatenate([x_N[rng.integers(N, size=(100, N))].mean(axis=1) for _ in range(DRAWS // 100)])
 
 
 def _interval(draws_B: Floats) -> tuple[float, float]:
@@ -185,9 +197,14 @@ def _quantiles(draws_B: Floats) -> Floats:
     return np.sort(draws_B)[:: DRAWS // 1000]
 
 
-def _p_value(draws_B: Floats) -> float:
+def _p_value(draws_B: Floats, t: float, freedom: float) -> float:
     tail = min(int((draws_B <= 0).sum()), int((draws_B >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(draws_B) + 1))
+    p = min(1.0, 2 * (tail + 1) / (len(draws_B) + 1))
+    if tail:
+        return p
+    from scipy.special import stdtr  # most of a second to import
+
+    return min(p, 2 * float(stdtr(freedom, -abs(t))))
 
 
 def unpaired(
@@ -196,7 +213,8 @@ def unpaired(
     """a − b from cell values alone, for metrics that are no mean over documents (F1 over a set, perplexity).
 
     `a_error` and `b_error` are the cells' own standard errors. Documents are shared, which this cannot use: the
-    error is the independent one, so too large rather than too small. Without errors there is no interval.
+    error is the independent one, so too large rather than too small. Without errors there is no interval. As when
+    documents are paired, a few of them without a difference prove nothing: one document won and one lost are added.
     """
     d_S = np.atleast_1d(a_S - b_S)
     mean, S = float(d_S.mean()), d_S.size
@@ -204,12 +222,14 @@ def unpaired(
         return Comparison(mean, None, None, None, None, None, None, S, n, False)
     rng, documents = np.random.default_rng(seed), a_error**2 + b_error**2
     seeds = float(np.var(d_S, ddof=1)) / S if S > 1 else 0.0
-    draws_B = mean + math.sqrt(documents) * rng.standard_normal(DRAWS)
+    padded = documents + 2 / (n + 2) ** 2
+    draws_B = mean + math.sqrt(padded) * rng.standard_normal(DRAWS)
     if seeds:
         draws_B = draws_B + math.sqrt(seeds) * rng.standard_t(S - 1, size=DRAWS)
     low, high = _interval(draws_B)
-    error = math.sqrt(documents + seeds)
-    return Comparison(mean, error, low, high, _p_value(draws_B), None, None, S, n, False, _quantiles(draws_B))
+    freedom = (padded + seeds) ** 2 / (seeds**2 / (S - 1)) if seeds else math.inf
+    p = _p_value(draws_B, mean / math.sqrt(padded + seeds), freedom)
+    return Comparison(mean, math.sqrt(documents + seeds), low, high, p, None, None, S, n, False, _quantiles(draws_B))
 
 
 def mcnemar(worse: int, better: int) -> float:

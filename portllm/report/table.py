@@ -118,12 +118,20 @@ def title(verdict: Verdict, among: Sequence[Verdict]) -> str:
 
 def legend(verdicts: Sequence[Verdict]) -> str:
     """What the columns mean, in a sentence a reader needs once."""
-    margin = text.points(verdicts[0].margin) if verdicts else ""
+    margin = text.share(verdicts[0].margin) if verdicts else ""
+    unscaled = dict.fromkeys(v.metric for v in verdicts if v.scale != 100)
+    unpaired = dict.fromkeys(v.metric for v in verdicts if v.regret is not None and not v.regret.paired)
     return (
-        "Scores in points ± one standard error, means over seeds; port−refit is paired by document. "
-        f"port: surely loses less than {margin} points. refit: surely loses something, by the estimate {margin} points "
-        "or more. unsure: neither is shown (95 % intervals over documents and seeds)."
+        f"Scores in points{_but(unscaled, 'as they are')} ± one standard error, means over seeds; port−refit is paired "
+        f"by document{_but(unpaired, 'not paired')}. port: surely loses less than {margin} points"
+        f"{_but(unscaled, f'{margin} % of the refit’s score')}. refit: surely loses something, by the estimate that "
+        "much or more. unsure: neither is shown (95 % intervals over documents and seeds)."
     )
+
+
+def _but(metrics: Iterable[str], words: str) -> str:
+    names = ", ".join(metrics)
+    return f" ({names}: {words})" if names else ""
 
 
 def _block(members: Sequence[Verdict]) -> Table:
@@ -173,6 +181,7 @@ def diagnosis_table(rows: Sequence[Mapping[str, Any]]) -> Group:
     if not rows:
         return Group(Text("no diagnoses yet"))
     tables = []
+    known = {"rank": "r", "seed": "s"} | ({"update_seed": "u"} if len({row["update_seed"] for row in rows}) > 1 else {})
     for name, members in groupby(rows, key=lambda row: (row["model"], row["lineage"])):
         table = Table(title=escape(" · ".join(name)), title_justify="left")
         table.add_column("t", justify="right")
@@ -180,7 +189,7 @@ def diagnosis_table(rows: Sequence[Mapping[str, Any]]) -> Group:
         for words in DIAGNOSIS.values():
             table.add_column(words, justify="right", no_wrap=True)
         for row in sorted(members, key=lambda row: (row["update_seed"] or 0, row["t"])):
-            table.add_row(str(row["t"]), escape(_patch_name(row)), *(_number(row[name]) for name in DIAGNOSIS))
+            table.add_row(str(row["t"]), escape(_patch_name(row, known)), *(_number(row[name]) for name in DIAGNOSIS))
         tables.append(table)
     words = (
         "W: the patched weights. lost: what rounding to the stored dtype changes of Δθ. update: ‖θₜ−θ₀‖/‖θ₀‖, all "
@@ -189,12 +198,8 @@ def diagnosis_table(rows: Sequence[Mapping[str, Any]]) -> Group:
     return Group(*tables, Text(words, style="dim"))
 
 
-def _patch_name(row: Mapping[str, Any]) -> str:
-    parts = [
-        row["task"],
-        *(f"{letter}{row[name]}" for letter, name in (("r", "rank"), ("s", "seed")) if row[name] is not None),
-    ]
-    return " ".join(parts)
+def _patch_name(row: Mapping[str, Any], known: Mapping[str, str]) -> str:
+    return " ".join([row["task"], *(f"{word}{row[name]}" for name, word in known.items() if row[name] is not None)])
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,11 @@ def points(value: float, scale: float = 100) -> str:
     return f"{scale * value:.1f}" if scale == 100 else f"{scale * value:.4g}"
 
 
+def share(margin: float) -> str:
+    """0.02 → `2`, 0.0025 → `0.25`: points, or percent."""
+    return f"{100 * margin:g}"
+
+
 def signed(value: float, scale: float = 100) -> str:
     """A difference with its sign: `+1.2`, `−0.4`, `0.0`."""
     text = points(abs(value), scale)

@@ -1,7 +1,8 @@
 """From result rows to verdicts: one patch recipe on one version, its arms side by side, and the decision.
 
 rows → grouped by (model, lineage, t, task, few-shot, rank, apply, dtype) → items paired → comparisons → Holm over the
-tasks → decisions. Only primary rows count. What pairs with what: port and refit of the same update seed and the same
+tasks → decisions. Only primary rows count. A given patch of a rank that no refit has meets the refits of every rank.
+What pairs with what: port and refit of the same update seed and the same
 fine-tuning seed. `none` and a given patch have no fine-tuning seed: one alone meets every row of the other arm, several
 given patches meet it one by one (each with each would count the same patches as more replicates than there are; those
 of the larger arm that find no partner show in its own score only).
@@ -35,6 +36,7 @@ from portllm.report.statistics import (
     stack,
     unpaired,
 )
+from portllm.report.text import share
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +47,8 @@ Items = Callable[[str], "pa.Table"]
 """A cell's key → its items."""
 ARMS = ("none", "port", "warm", "refit")
 """In the order of what they cost."""
+NO_SHARES = ("perplexity", "bits_per_byte", "likelihood_diff", "brier", "loss")
+"""In the names of metrics whose values may lie between 0 and 1, and which are no shares."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Verdict:
     for other metrics."""
     refit_device_s: float | None
     """Device seconds of one refit, mean over seeds. Porting costs none."""
+    lost: str
+    """Which scores of this arm or that are no number; empty where all are."""
     scale: float
     """What a score is multiplied with for reading: 100 for shares, 1 for other metrics (perplexity)."""
 
@@ -147,35 +153,49 @@ def scores(table: pa.Table, kind: str | None) -> Scores | None:
     return None if None in column["correct"] else ordered(**column)
 
 
+Version = tuple[str, str, int, str, int | None, str]
+"""Model, lineage, t, task, few-shot setting, dtype."""
 Group = tuple[str, str, int, str, int | None, int | None, str, str]
+"""Model, lineage, t, task, few-shot setting, rank, apply mode, dtype."""
 Read = Callable[[str, str | None], Scores | None]
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[Group, dict[str, list[Row]]]]:
-    """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype.
-
-    A row without a number (lm-eval's aggregation was not finite) counts as not run.
-    """
-    bare: dict[tuple[Any, ...], list[Row]] = {}
-    groups: dict[Group, dict[str, list[Row]]] = {}
+    """Rows per group and arm. A `none` row has no rank: it joins every group of its version, task and dtype."""
+    bare: dict[Version, list[Row]] = {}
+    patched: dict[tuple[Version, str], list[Row]] = {}
     seen: dict[str, int] = {}
-    for row in (r for r in rows if r["primary"] and r["arm"] in ARMS and r["value"] is not None):
+    for row in (r for r in rows if r["primary"] and r["arm"] in ARMS):
         for name in (row["model"], row["lineage"], row["task"]):
             seen.setdefault(name, len(seen))
-        place = (row["model"], row["lineage"], row["t"], row["task"], row["num_fewshot"])
+        version = (row["model"], row["lineage"], row["t"], row["task"], row["num_fewshot"], row["dtype"])
         if row["arm"] == "none":
-            bare.setdefault((*place, row["dtype"]), []).append(row)
+            bare.setdefault(version, []).append(row)
         else:
-            group = (*place, row["rank"], row["apply"], row["dtype"])
-            groups.setdefault(group, {}).setdefault(row["arm"], []).append(row)
-    patched = {(*group[:5], group[7]) for group in groups}
-    for version, found in bare.items():
-        if version not in patched:
-            groups[(*version[:5], None, found[0]["apply"], version[5])] = {"none": found}
-    for group, arms in groups.items():
-        if (*group[:5], group[7]) in bare:
-            arms["none"] = bare[(*group[:5], group[7])]
+            patched.setdefault((version, row["apply"]), []).append(row)
+    groups: dict[Group, dict[str, list[Row]]] = {}
+    for (version, apply), members in patched.items():
+        none = {"none": bare[version]} if version in bare else {}
+        for rank, arms in _by_rank(members).items():
+            groups[*version[:5], rank, apply, version[5]] = arms | none
+    for version in bare.keys() - {version for version, _ in patched}:
+        groups[*version[:5], None, bare[version][0]["apply"], version[5]] = {"none": bare[version]}
     return sorted(groups.items(), key=lambda entry: _order(entry[0], seen))
+
+
+def _by_rank(rows: Sequence[Row]) -> dict[int | None, dict[str, list[Row]]]:
+    """Patched rows of one version and task per rank and arm.
+
+    A given patch (its ports have no seed), and what was trained from it, are compared with the refits there are, of
+    their own rank where it is among them.
+    """
+    refits = list(dict.fromkeys(row["rank"] for row in rows if row["arm"] == "refit"))
+    given = any(row["arm"] == "port" and row["seed"] is None for row in rows)
+    found: dict[int | None, dict[str, list[Row]]] = {}
+    for row in rows:
+        for rank in refits if given and refits and row["rank"] not in refits else [row["rank"]]:
+            found.setdefault(rank, {}).setdefault(row["arm"], []).append(row)
+    return found
 
 
 def _order(group: Group, seen: Mapping[str, int]) -> tuple[Any, ...]:
@@ -188,6 +208,8 @@ def _verdict(
 ) -> Verdict:
     model, lineage, t, task, shots, rank, apply, dtype = group
     first = next(iter(arms.values()))[0]
+    lost = _lost(arms)
+    arms = {arm: kept for arm, rows in arms.items() if (kept := [row for row in rows if row["value"] is not None])}
     rising = first["higher_is_better"]
     against = {
         name: _compared(arms.get(a if rising else b, []), arms.get(b if rising else a, []), read, seed)
@@ -204,9 +226,17 @@ def _verdict(
         why="the patch was trained here",
         margin=margin,
         refit_device_s=_refit_cost(arms.get("refit", []), seconds),
+        lost=lost,
         scale=1,
         **against,
     )  # fmt: skip
+
+
+def _lost(arms: Mapping[str, Sequence[Row]]) -> str:
+    """A score that lm-eval's aggregation could not make finite: its arm may not be judged by the rest."""
+    missing = {arm: sum(row["value"] is None for row in arms.get(arm, ())) for arm in ("port", "refit")}
+    said = [f"{count} of {len(arms[arm])} {arm} scores" for arm, count in missing.items() if count]
+    return f"{' and '.join(said)} are no number" if said else ""
 
 
 def shown(verdicts: Iterable[Verdict]) -> list[str]:
@@ -290,7 +320,11 @@ def _mean_error(rows: Sequence[Row]) -> float | None:
 
 def _scaled(found: Sequence[Verdict]) -> list[Verdict]:
     """One scale per task and metric: points where every score lies in [−1, 1] (a correlation may be below 0)."""
-    beyond = {(v.task, v.metric) for v in found if any(abs(arm.value) > 1 for arm in v.arms.values())}
+    beyond = {
+        (v.task, v.metric)
+        for v in found
+        if any(abs(arm.value) > 1 for arm in v.arms.values()) or any(name in v.metric for name in NO_SHARES)
+    }
     return [replace(v, scale=1 if (v.task, v.metric) in beyond else 100) for v in found]
 
 
@@ -311,11 +345,13 @@ def _adjusted(found: Sequence[Verdict]) -> list[float | None]:
 def _decided(verdict: Verdict, p: float | None) -> Verdict:
     if verdict.t == 0:
         return verdict
+    if verdict.lost:
+        return replace(verdict, decision="unsure", why=verdict.lost)
     if not {"port", "refit"} <= set(verdict.arms):
         patched = {"port", "refit"} & set(verdict.arms)
         missing = " and no ".join(sorted({"port", "refit"} - patched))
         return replace(verdict, why=f"no {missing} to compare with" if patched else "no patch was evaluated here")
-    words = f"{100 * verdict.margin:g} " + ("points" if verdict.scale == 100 else f"% of the refit's {verdict.metric}")
+    words = f"{share(verdict.margin)} " + ("points" if verdict.scale == 100 else f"% of the refit's {verdict.metric}")
     decision, why = decide(verdict.regret, verdict.bound, words, p)
     if decision == "port" and not (_above(verdict.lift) or _above(verdict.gain)):
         why += ", but neither arm beats `none`: the patch does nothing here"

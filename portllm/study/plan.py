@@ -57,6 +57,7 @@ class _Planner:
         self.diagnoses: dict[Diagnosis, None] = {}
         self.exported: set[ExportChoice] = set()
         self.version_zero: dict[str, Version] = {}
+        self.notes = dict.fromkeys(facts.notes)
         self._layout = cache(lambda stage, lora=False: layout_of(stage, study, facts, lora))
 
     def plan(self) -> Plan:
@@ -72,7 +73,7 @@ class _Planner:
             self.givens,
             tuple(self.diagnoses),
             self.facts.unpinned,
-            self.facts.notes,
+            tuple(self.notes),
         )
 
     # --- the walk
@@ -162,12 +163,21 @@ class _Planner:
         if given or recipe is None:
             return
         source = version if arm == "refit" else zero
+        if arm == "refit":
+            self._note_ranks(lineage, task, recipe)
         for rank in recipe.rank:
             for seed in recipe.seeds:
                 key = self._finetune(lineage, update_seed, source, task, recipe, rank, seed)
                 if arm == "warm" and version.t:
                     key = self._finetune(lineage, update_seed, version, task, recipe, rank, seed, start=key)
                 yield version.t if arm == "warm" else source.t, (key,), rank, seed
+
+    def _note_ranks(self, lineage: str, task: Task, recipe: Finetune) -> None:
+        refits = " and ".join(map(str, recipe.rank))
+        for facts in self._given_patches(lineage, task):
+            if facts.rank not in recipe.rank:
+                note = f"a given patch of rank {facts.rank} is compared with refits of rank {refits} (finetune.rank)"
+                self.notes[f"task {task.task}: {note}"] = None
 
     def _given_patches(self, lineage: str, task: Task) -> Iterator[PatchFacts]:
         for i, patch in enumerate(self.study.patches.get(task.task, [])):
@@ -305,7 +315,8 @@ class _Planner:
             root = self._give(facts.root)
         else:
             recipe = r.Base(source="hub", hub=update.hub, revision=update.revision or "unpinned", storage=facts.storage)
-            root = self._add("base", recipe, {}, f"base {lineage} t={version.t + 1}", Layout(), lineage=lineage)
+            at = {"model": self.study.lineages[lineage].model, "lineage": lineage}
+            root = self._add("base", recipe, {}, f"base {lineage} t={version.t + 1}", Layout(), **at)
         return replace(version, t=version.t + 1, root=root, deltas=(), update="given", facts=facts)
 
     def _corpus(self, name: str, version: Version) -> str:
@@ -412,6 +423,7 @@ class _Planner:
             task=task.task,
             rank=rank,
             seed=seed,
+            **({"update_seed": update_seed} if version.trained else {}),
             **({"arm": "warm"} if start else {}),
         )
 
@@ -457,6 +469,7 @@ class _Planner:
             inputs = version.inputs | {f"patch{i}": key for i, key in enumerate(patches, 1)}
             inputs["tokenizer"] = version.tokenizer
             label = f"export {lineage} t={version.t} {task.task} {arm}"
+            at["model"] = self.study.lineages[lineage].model
             self._add("export", r.Export(scales=(1.0,) * len(patches)), inputs, label, Layout(), **at)
 
     def _check_exports(self) -> None:

@@ -118,9 +118,16 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def clean(name: str) -> str:
-    """A name MLflow accepts: letters, digits, `_ - . / space`; no empty or dotted path parts."""
+    """A name MLflow accepts: letters, digits, `_ - . / space`; no empty or dotted path parts; short enough."""
     parts = [re.sub(r"[^\w.\- ]", "_", part).strip() for part in name.split("/")]
-    return "/".join(part if part.strip(".") else f"_{part}" for part in parts)[:NAME_LENGTH]
+    return shortened("/".join(part if part.strip(".") else f"_{part}" for part in parts))
+
+
+def shortened(name: str) -> str:
+    """A name within MLflow's limit, still its own: what is cut off the middle leaves a digest."""
+    if len(name) <= NAME_LENGTH:
+        return name
+    return f"{name[: NAME_LENGTH - 60]}_{digest({'name': name})[:8]}_{name[-50:]}"
 
 
 def _metric(row: Mapping[str, Any]) -> str:
@@ -141,7 +148,7 @@ def _walls(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def _scored(name: str, row: Mapping[str, Any]) -> list[Point]:
-    points = [Point(name, float(row["value"])), Point(f"{name}_stderr", float(row["stderr"] or 0.0))]
+    points = [Point(name, float(row["value"])), Point(shortened(f"{name}_stderr"), float(row["stderr"] or 0.0))]
     return [p for p in (points if row["stderr"] is not None else points[:1]) if math.isfinite(p.value)]
 
 
@@ -172,7 +179,7 @@ def _tags(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def joined(values: Iterable[str]) -> str:
-    """Several values of one tag."""
+    """Several values of one tag, within MLflow's limit."""
     return ",".join(sorted(values))[:TAG_LENGTH]
 
 

@@ -23,8 +23,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from portllm.errors import EngineError
 from portllm.study.keys import digest
-from portllm.track.entries import WALL, Entry, Point, cells, groups, joined, training
+from portllm.track.entries import WALL, Entry, Point, cells, groups, joined, shortened, training
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -317,11 +318,15 @@ class _Writer:
         start = round(1000 * ((entry.finished_at or time.time()) - entry.wall_s))
         own = {KEY: entry.key, STUDY: self._study, "portllm.kind": entry.kind, "mlflow.parentRunId": self._parent}
         tags = {**entry.tags, **own}
-        run = self._client.create_run(self._experiment, start_time=start, tags=tags, run_name=entry.name)
+        run = self._client.create_run(self._experiment, start_time=start, tags=tags, run_name=shortened(entry.name))
         return _Known(run.info.run_id, start, tags=tags)
 
     def _open_experiment(self, name: str, artifact_root: str | None) -> str:
         found = self._client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage != "active":
+            raise EngineError(
+                f"experiment `{name}` was deleted there: restore it, or name another (tracking.experiment)"
+            )
         if found is not None:
             return str(found.experiment_id)
         return str(self._client.create_experiment(name, artifact_location=artifact_root))
@@ -333,7 +338,9 @@ class _Writer:
         tags = {KEY: key, STUDY: self._study, "portllm.kind": "study", **study_tags}
         oldest = min(found, key=lambda run: run.info.start_time, default=None)
         if oldest is None:
-            return str(self._client.create_run(self._experiment, tags=tags, run_name=self._study).info.run_id)
+            return str(
+                self._client.create_run(self._experiment, tags=tags, run_name=shortened(self._study)).info.run_id
+            )
         for name, value in tags.items():
             if oldest.data.tags.get(name) != value:
                 self._client.set_tag(oldest.info.run_id, name, value)

@@ -54,13 +54,14 @@ def study_artifacts(name: str, store: Store) -> list[Any]:
 
 
 def _place(study: Study, store: Store) -> dict[str, Any]:
+    from portllm.track.entries import joined
     from portllm.track.mlflow_mirror import destination
 
     uri, artifacts = destination(store.root, study.tracking.uri)
     tags = {
-        "models": ",".join(study.models),
-        "lineages": ",".join(study.lineages),
-        "tasks": ",".join(t.task for t in study.tasks),
+        "models": joined(study.models),
+        "lineages": joined(study.lineages),
+        "tasks": joined(t.task for t in study.tasks),
         "store": str(store.root),
     }
     return {

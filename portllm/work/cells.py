@@ -92,10 +92,13 @@ def score(
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="portllm-")))
         run = RunContext(root, Versions(), device=asked.device, log=lambda line: None)
         stack.callback(run.versions.close)
-        made = {task: _requests(model, task, given, asked, root, run) for task, given in checked.items()}
+        failures: list[StageError] = []
+        made: dict[str, dict[str, Path]] = {}
+        for task, given in checked.items():
+            with _gathering(failures, task):
+                made[task] = _requests(model, task, given, asked, root, run)
         each: list[Path | None] = [*patches] or [None]
         cells = list(product(each, made))
-        failures: list[StageError] = []
         for number, (patch, task) in enumerate(cells, 1):
             at = At(number, len(cells), task, patch)
             told(at)
@@ -103,25 +106,23 @@ def score(
             out = root / "cells" / str(number)
             scales = (1.0,) * len(applied)
             recipe = Evaluate(version("lm_eval"), asked.apply if applied else "merged", asked.dtype, scales)
-            try:
-                with _naming(at):
-                    summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
-            except StageError as error:
-                failures.append(error)
-                continue
-            yield Scored(patch, ranks[patch] if patch else None, task, summary, pq.read_table(out / "items.parquet"))
+            with _gathering(failures, f"{task} with {patch}" if patch else task):
+                summary = evaluate(recipe, {"root": model, **made[task], **applied}, out, _telling(run, at, told))
+                items = pq.read_table(out / "items.parquet")
+                yield Scored(patch, ranks[patch] if patch else None, task, summary, items)
         if failures:
             raise StageError("\n".join(map(str, failures))) from failures[0]
 
 
 @contextmanager
-def _naming(at: At) -> Iterator[None]:
-    """Whatever fails in a cell is one error that names it."""
+def _gathering(failures: list[StageError], name: str) -> Iterator[None]:
+    """Whatever fails in a task or cell is one error that names it, for the end."""
     try:
         yield
     except Exception as error:
         said = str(error) if isinstance(error, PortllmError) else f"{type(error).__name__}: {error}"
-        raise StageError(f"{at.task}{f' with {at.patch}' if at.patch else ''}: {said}") from error
+        failures.append(StageError(f"{name}: {said}"))
+        failures[-1].__cause__ = error
 
 
 def _telling(run: RunContext, at: At, told: Callable[[At], None]) -> RunContext:

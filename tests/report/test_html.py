@@ -107,6 +107,22 @@ def test_a_study_without_results_has_a_page_too() -> None:
     Balanced().feed(page)
 
 
+def test_a_given_patch_shows_its_own_score_at_t_0_beside_the_refits(made_up: MadeUp) -> None:
+    same = render(made_up.study, made_up.rows, verdicts(made_up.rows), made_up.steps)
+    assert "the ported and the refitted patch are the same patch" in same and ">patch</span>" in same
+    given = [{**row, "value": 0.123, "stderr": None, "key": "x", "seed": None} if row["arm"] == "port" else row
+             for row in made_up.rows]  # fmt: skip
+    other = render(made_up.study, given, verdicts(given), made_up.steps)
+    assert "are the same patch" not in other and ">patch</span>" not in other and "12.3" in other
+
+
+def test_what_was_warmed_up_and_not_ported_is_shown_and_not_called_absent(made_up: MadeUp) -> None:
+    rows = [{**row, "arm": "warm"} for row in made_up.rows if row["arm"] == "port"]
+    found = verdicts(rows, made_up.items)
+    assert "port and refit were not both evaluated" in headline(found, made_up.steps)
+    assert ">patch</span>" in render(made_up.study, rows, found, made_up.steps)
+
+
 def test_a_study_without_refit_has_nothing_to_decide(made_up: MadeUp) -> None:
     rows = [row for row in made_up.rows if row["arm"] != "refit"]
     found = verdicts(rows, made_up.items)

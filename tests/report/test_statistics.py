@@ -133,6 +133,32 @@ def test_holm_never_lowers_a_p_and_keeps_the_order(raw: list[float]) -> None:
     assert ranked == sorted(ranked)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_large_loss_stands_the_correction_for_a_thousand_tasks(paired: bool) -> None:
+    a, b = pair(2, 400, np.random.default_rng(0), 0.3)
+    found = (
+        stats.compare(a, b)
+        if paired
+        else stats.unpaired(a[0].mean(keepdims=True), b[0].mean(keepdims=True), 0.01, 0.01, 400)
+    )
+    assert found.p_value is not None and found.p_value < 1e-6
+    assert decided(found, stats.holm([found.p_value] * 1000)[0])[0] == "refit"
+
+
+def test_values_of_many_levels_are_resampled_as_those_of_few() -> None:
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 50, 3000) / 50
+    many = few + rng.normal(0, 1e-4, 3000)
+    one, other = (stats.compare(x[None], np.full((1, 3000), 0.4)) for x in (few, many))
+    assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=5e-4)
+
+
+def test_a_few_documents_without_a_difference_prove_nothing_on_any_scale() -> None:
+    assert decided(stats.unpaired(np.array([1.0]), np.array([1.0]), 0.0, 0.0, n=5))[0] == "unsure"
+    scores = np.tile([20.0, 80.0], 25)[None]  # BLEU
+    assert stats.decide(stats.compare(scores, scores), 1.0, "1", None)[0] == "unsure"
+
+
 def test_holm_on_the_textbook_case() -> None:
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 

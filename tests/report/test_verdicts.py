@@ -151,11 +151,31 @@ def first_keys(rows: list[dict[str, Any]], arm: str) -> set[str]:
     return set(found.values())
 
 
-def test_a_cell_without_a_number_is_as_if_it_were_not_run(made_up: MadeUp) -> None:
-    odd = {row["key"] for row in made_up.rows if row["arm"] == "refit" and row["t"] == 1}
+def test_an_arm_with_a_score_that_is_no_number_is_not_judged_by_the_others(made_up: MadeUp) -> None:
+    odd = {row["key"] for row in made_up.rows if row["arm"] == "port" and row["t"] == 1 and row["seed"] == 2}
     rows = [{**row, "value": None} if row["key"] in odd else row for row in made_up.rows]
-    without = [row for row in made_up.rows if row["key"] not in odd]
-    assert odd and verdicts(rows, made_up.items) == verdicts(without, made_up.items)
+    later = [v for v in verdicts(rows, made_up.items) if v.t]
+    assert {(v.t, v.decision == "unsure", v.why) for v in later if v.lost} == {
+        (1, True, "1 of 2 port scores are no number")
+    }
+    assert [v.t for v in later if not v.lost] == [2] * 4
+    none_left = [{**row, "value": None} if row["arm"] == "refit" else row for row in made_up.rows]
+    assert {v.why for v in verdicts(none_left, made_up.items) if v.t} == {"2 of 2 refit scores are no number"}
+
+
+def test_a_given_patch_of_another_rank_meets_the_refits(made_up: MadeUp) -> None:
+    given = [row | {"rank": 16, "seed": None} if row["arm"] == "port" else row
+             for row in made_up.rows if row["arm"] != "port" or row["seed"] == 1]  # fmt: skip
+    found = verdicts(given, made_up.items)
+    assert {v.rank for v in found} == {8} and {v.decision for v in found if v.t} >= {"port", "refit"}
+    both = [*given, *(row | {"rank": 16} for row in made_up.rows if row["arm"] == "refit")]
+    assert [(v.rank, set(v.arms)) for v in verdicts(both, made_up.items) if v.t == 1 and v.task == "easy"] == [
+        (8, {"none", "refit"}), (16, {"none", "port", "refit"})] * 2  # fmt: skip
+
+
+def test_a_perplexity_below_1_is_no_share(made_up: MadeUp) -> None:
+    rows = [{**row, "metric": "bits_per_byte", "higher_is_better": False} for row in made_up.rows]
+    assert {v.scale for v in verdicts(rows)} == {1}
 
 
 def test_secondary_metrics_do_not_decide(made_up: MadeUp) -> None:

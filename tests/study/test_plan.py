@@ -170,6 +170,23 @@ def test_a_recipe_changes_its_own_stage_and_what_follows(override, stages):
     assert {s.stage for k, s in new.steps.items() if k not in old.steps} == stages
 
 
+def test_a_given_patch_of_another_rank_than_its_refits_is_said():
+    arms = "arms=[none, port, refit]"
+    assert plan(arms, "patches={easy: p}").notes == ()
+    (note,) = plan(arms, "patches={easy: p}", "finetune.rank=[2, 4]").notes
+    assert note == "task easy: a given patch of rank 8 is compared with refits of rank 2 and 4 (finetune.rank)"
+
+
+def test_exports_have_their_size_and_refits_the_seed_of_their_update():
+    found = plan("lineages.soft.seeds=[0, 7]", "export=[{arm: port, t: 1, task: easy}]")
+    exports = [step for step in found.steps.values() if step.stage == "export"]
+    full = [step for step in found.steps.values() if step.label == "update hard t=1"]
+    assert len(exports) == 6 and {step.cost.disk for step in exports} == {full[0].cost.disk}
+    tuned = [step for step in found.steps.values() if step.stage == "finetune"]
+    assert {(s.coordinates["lineage"], s.coordinates["t"] > 0, s.coordinates.get("update_seed")) for s in tuned} == {
+        ("soft", False, None), ("soft", True, 0), ("soft", True, 7), ("hard", True, 0)}  # fmt: skip
+
+
 def test_given_versions_and_patches_train_nothing():
     text = (
         TEXT.replace("{corpus: c, method: lora, rank: 4, tokens: 1000, steps: 2}", "{path: v1}")

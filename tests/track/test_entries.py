@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from portllm.track.entries import NAME_LENGTH, PARAM_LENGTH, cells, clean, flat, groups, joined, training
+from portllm.track.entries import NAME_LENGTH, PARAM_LENGTH, cells, clean, flat, groups, joined, shortened, training
 
 
 def row(**other: Any) -> dict[str, Any]:
@@ -62,5 +62,8 @@ def test_names_are_made_fit_for_mlflow() -> None:
     assert clean("a,b/c:d") == "a_b/c_d"
     assert clean("../x") == "_../x"
     assert clean("a//b") == "a/_/b"
-    assert len(clean("x" * 999)) == NAME_LENGTH
+    assert len(clean("x" * 999)) == len(shortened("x" * 400)) == NAME_LENGTH
+    assert clean("x" * 300 + "/acc") != clean("x" * 300 + "/acc_norm") != clean("x" * 301 + "/acc_norm")
+    points = cells([row(task="x" * 246), row(task="x" * 246, metric="acc_norm")]).points
+    assert len({point.name for point in points}) == 5 and all(len(point.name) <= NAME_LENGTH for point in points)
     assert flat({"a": {"b c": {}}}) == {}

@@ -217,6 +217,14 @@ def test_a_small_patch_is_copied_and_a_large_one_only_named(
     assert {run.data.tags["portllm.path"] for run in read.training} == set(map(str, paths))
 
 
+def test_a_deleted_experiment_is_told_with_what_to_do(store: Path) -> None:
+    everything(store)
+    client = Read(store).client
+    client.delete_experiment(client.get_experiment_by_name("experiment").experiment_id)
+    (said, *_) = everything(store)
+    assert "experiment `experiment` was deleted there: restore it, or name another" in said
+
+
 def test_the_environments_run_is_left_alone(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of somebody else")

@@ -224,6 +224,24 @@ def test_a_cell_that_fails_is_named_and_does_not_stop_the_others(
     assert f"error: mood with {tmp_path}/broken: the score of document" in error
 
 
+def test_a_task_whose_requests_cannot_be_made_does_not_stop_the_others(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = shutil.copytree(world / "tasks", tmp_path / "tasks")
+    bare = yaml.safe_load((tasks / "mood.yaml").read_text())
+    bare |= {"task": "bare", "target_delimiter": ""}  # ` : good` is two words, ` :good` is one
+    (tasks / "bare.yaml").write_text(yaml.safe_dump(bare))
+    (tmp_path / "data").mkdir()
+    for name in ("mood", "bare"):
+        (tmp_path / "data" / name).symlink_to(world / "data" / "mood")
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "--model", str(world / "model"), "--data-root", str(tmp_path / "data"), "--include-path",
+              str(tasks), "--tasks", "bare,mood", "--json"])  # fmt: skip
+    out, error = capsys.readouterr()
+    assert end.value.code == 1 and [row["task"] for row in json.loads(out)] == ["mood"]
+    assert "error: bare: " in error and "no token of its own" in error
+
+
 def test_items_go_into_a_file_and_a_directory_is_refused_first(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
