@@ -50,7 +50,7 @@ def out_of_memory(type_name: str, message: str) -> bool:
     return type_name == "MemoryError" or any(words in text for words in _MEMORY)
 
 
-_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory")
+_MEMORY = ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 
 
 def printable(text: str) -> str:

@@ -27,6 +27,13 @@ class Failure:
     log: str = ""
     """Path of the step's log."""
 
+    @property
+    def device(self) -> bool:
+        """Whether the process's context on its GPU is lost: after an assertion, an illegal access or an ECC error every
+        later call fails."""
+        said = self.type == "AcceleratorError" or "cuda error" in self.message.lower()
+        return said and not out_of_memory(self.type, self.message)
+
 
 ATTEMPTS = 3
 """Executions of one step before it is given up, whatever the reasons."""
@@ -36,10 +43,10 @@ DIED, PREEMPTED = "WorkerDied", "Preempted"
 def decide(history: Sequence[Failure]) -> Decision:
     """The decision after the last failure of `history`.
 
-    A dead worker says nothing about the step: the same again, and one that was told to stop does not even count. One
-    that died twice may have been killed for its memory, which the system tells nobody: smaller, as where memory is
-    said to have run out. Whatever a stage raised itself (a non-finite loss, a full disk, a bad input) would be raised
-    again: give up.
+    A dead worker, or a GPU that went wrong, says nothing about the step: the same again, and one that was told to stop
+    does not even count. One that died twice may have been killed for its memory, which the system tells nobody:
+    smaller, as where memory is said to have run out. Whatever a stage raised itself (a non-finite loss, a full disk, a
+    bad input) would be raised again: give up.
     """
     last = history[-1]
     if last.type == PREEMPTED:
@@ -50,4 +57,4 @@ def decide(history: Sequence[Failure]) -> Decision:
         return Decision.SMALLER if sum(failure.type == DIED for failure in history) > 1 else Decision.RETRY
     if out_of_memory(last.type, last.message):
         return Decision.SMALLER
-    return Decision.GIVE_UP
+    return Decision.RETRY if last.device else Decision.GIVE_UP

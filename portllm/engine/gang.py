@@ -14,7 +14,7 @@ import ray
 from portllm.engine.execute import Job, Outcome, attempted, perform
 from portllm.engine.preemption import listen
 from portllm.engine.workers import accelerator, new_context, prepare
-from portllm.errors import EngineError, PortllmError
+from portllm.errors import EngineError, PortllmError, out_of_memory
 from portllm.store.store import Store
 from portllm.work.context import Summary
 
@@ -28,13 +28,13 @@ NO_RETRIES: dict[str, Any] = {"max_failures": 0, "max_preemption_failures": 0, "
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def run_gang(job: Job, scratch: str) -> Outcome:
-    """Run a step's ranks under TorchTrainer and publish what they wrote; never raises."""
+def run_gang(job: Job, nodes: list[str], scratch: str) -> Outcome:
+    """Run a step's ranks under TorchTrainer, one per node named, and publish what they wrote; never raises."""
     store = Store(job.store)
 
     def work(attempt: Path, log: Path) -> tuple[Summary, int]:
         try:
-            summary = _fit(job, attempt, log, scratch, store)
+            summary = _fit(job, nodes, attempt, log, scratch)
         except Exception as error:
             raise _cause(error) from error
         finally:
@@ -45,7 +45,7 @@ def run_gang(job: Job, scratch: str) -> Outcome:
     return attempted(job, work)
 
 
-def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict[str, Any]:
+def _fit(job: Job, nodes: list[str], attempt: Path, log: Path, scratch: str) -> dict[str, Any]:
     for name, value in RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -60,12 +60,14 @@ def _fit(job: Job, attempt: Path, log: Path, scratch: str, store: Store) -> dict
             num_workers=layout.workers,
             use_gpu=gpus,
             resources_per_worker={"CPU": layout.threads} | ({"GPU": layout.gpus} if gpus else {}),
+            # Where the engine holds their capacity: Ray's own choice would leave what it counts free taken.
+            label_selector=[{"ray.io/node-id": node} for node in nodes],  # type: ignore[call-arg]
         ),
         # By what the ranks hold: this process may be on a node without a GPU.
         torch_config=TorchConfig(backend="gloo" if accelerator(layout.gpus) == "cpu" else "cpu:gloo,cuda:nccl"),
         run_config=RunConfig(
             name=job.step.key[:16],
-            storage_path=str(_train_directory(store)),
+            storage_path=str(_train_directory(Store(job.store))),
             failure_config=FailureConfig(**NO_RETRIES),
         ),
     )
@@ -121,9 +123,21 @@ def _cause(error: BaseException) -> BaseException:
     causes = [_inner(failure) for failure in failures.values()]
     told = next((cause for cause in causes if isinstance(cause, PortllmError)), None)
     died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
-    if told is None and died is not None:
-        return WorkerDied(f"a rank of the training died: {str(died).splitlines()[0]}")
+    if told is None and (gone := died or next((cause for cause in causes if _hung_up(cause)), None)):
+        return WorkerDied(f"a rank of the training died: {str(gone).strip().splitlines()[0]}")
     return told or (causes[0] if causes else error.__cause__ or error)
+
+
+def _hung_up(error: BaseException) -> bool:
+    """Whether a rank lost another: it hears of a lost node at once, Ray after many seconds."""
+    text = f"{type(error).__name__} {error}".lower()
+    return any(words in text for words in _HUNG_UP) and not out_of_memory(type(error).__name__, str(error))
+
+
+_HUNG_UP = (
+    "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "distbackenderror",
+    "nccl communicator was aborted",
+)  # fmt: skip
 
 
 def _inner(failure: BaseException) -> BaseException:

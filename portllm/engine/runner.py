@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from portllm.engine.workers import start_worker
 from portllm.errors import EngineError
 from portllm.store.store import Store
 from portllm.study.steps import TRAININGS, Plan, Step
+
+AWAIT_S = 60.0
+"""How long a run waits for a node where none is left that could run anything."""
 
 
 @dataclass
@@ -128,7 +132,7 @@ class Runner:
     # --- dispatch
 
     def _dispatch(self) -> None:
-        gangs = self.schedule.gangs()
+        gangs = [step for step in self.schedule.gangs() if self.budget.can_ever(_ranks(step))]
         if gangs:
             self._start_gang(gangs[0])
             return  # nothing starts in its place: idle workers are retired until it fits
@@ -212,7 +216,7 @@ class Runner:
                 ray.wait(ends, num_returns=len(ends), timeout=5)
 
     def _start_gang(self, step: Step) -> None:
-        ranks = [size_of(step)] * step.layout.workers
+        ranks = _ranks(step)
         idle = [s for s in self.slots if s.step is None]
         while not (nodes := self.budget.place(ranks)):
             if not idle:
@@ -223,7 +227,7 @@ class Runner:
         self._begin(step)
         self.report.process_starts += step.layout.workers
         job = job_for(step, self.plan, self.store)
-        reference = run_gang.options(name=step.label).remote(job, str(self.scratch))
+        reference = run_gang.options(name=step.label).remote(job, nodes, str(self.scratch))
         self.running[reference] = Gang(step, nodes)
 
     @property
@@ -235,7 +239,7 @@ class Runner:
 
     def _collect(self) -> None:
         if not self.running:
-            raise EngineError(f"{self.schedule.startable} steps are ready and no node is left that could run one")
+            self._await_node()
         ended, _ = ray.wait(list(self.running), num_returns=1, timeout=0.5)
         self._watch()
         for reference in ended:
@@ -248,6 +252,17 @@ class Runner:
             if not outcome.pid or (outcome.failure and outcome.failure.type in (DIED, PREEMPTED)):
                 self._look_again()
             self._account(step, holder, outcome)
+
+    def _await_node(self) -> None:
+        """Nothing runs and nothing can start: a lost node may come back, or another in its place."""
+        self.progress.line(f"no node is left that could run a step; waiting {AWAIT_S:g} s for one")
+        deadline = time.monotonic() + AWAIT_S
+        while not self.running:
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.schedule.startable} steps are ready and no node is left that could run one")
+            time.sleep(1)
+            self._look_again()
+            self._dispatch()
 
     def _watch(self) -> None:
         for key, watch in self.watches.items():
@@ -275,7 +290,8 @@ class Runner:
             return
         holder.step = None
         preempted = outcome.failure is not None and outcome.failure.type == PREEMPTED
-        if preempted or not outcome.pid:  # it was told to end, or nobody was left to sign it
+        broken = outcome.failure is not None and outcome.failure.device  # no later step would get an answer from it
+        if preempted or broken or not outcome.pid:  # it was told to end, or nobody was left to sign it
             self._retire(holder)
 
     def _look_again(self) -> None:
@@ -316,6 +332,10 @@ class Runner:
             self.schedule.fail(step.key)
         else:
             self.schedule.retry(smaller(step) if decision is Decision.SMALLER else step)
+
+
+def _ranks(step: Step) -> list[Size]:
+    return [size_of(step)] * step.layout.workers
 
 
 def smaller(step: Step) -> Step:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,11 @@ def run_plan(
 
     `show` writes the study's results and report once the cells are there; MLflow gets the files it returns.
     """
-    _require_compiler(store, plan)
-    if not quiet and not address and _slow_bf16(plan, store):
+    # By listings: looked up one by one, names that do not exist yet would stay so on NFS, for up to a minute.
+    done = store.published(step.stage for step in plan.steps.values())
+    missing = [step for step in plan.steps.values() if step.key not in done]
+    _require_compiler(missing)
+    if not quiet and not address and _slow_bf16(missing):
         print(SLOW_BF16, file=sys.stderr)
     from portllm.engine.cluster import connected
     from portllm.engine.progress import Progress
@@ -71,9 +74,7 @@ def run_plan(
             terminated = _listen()  # after Ray, which brings a handler of its own
             publish = _publisher(mirror, plan, store)
             for step in plan.steps.values():
-                if store.has(
-                    step.stage, step.key
-                ):  # by an earlier run, which may have been killed before it told MLflow
+                if step.key in done:  # by an earlier run, which may have been killed before it told MLflow
                     publish(step)
             runner = Runner(plan, store, budget, progress, publish, _watcher(mirror))
             try:
@@ -112,10 +113,10 @@ def _listen() -> Callable[[], bool]:
     return came.is_set
 
 
-def _require_compiler(store: Store, plan: Plan) -> None:
+def _require_compiler(missing: Sequence[Step]) -> None:
     """DeepSpeed compiles its CPU op at the first use, unless it was built in (as `make env` does)."""
-    missing = any(s.stage in TRAININGS and not store.has(s.stage, s.key) for s in plan.steps.values())
-    if missing and not any(map(shutil.which, ("c++", "g++", "clang++"))) and not _op_is_built_in():
+    trains = any(step.stage in TRAININGS for step in missing)
+    if trains and not any(map(shutil.which, ("c++", "g++", "clang++"))) and not _op_is_built_in():
         raise EngineError(
             "no C++ compiler (g++ or clang++), which DeepSpeed needs at its first use: install one, for example "
             "`apt-get install g++`"
@@ -137,13 +138,9 @@ def _op_is_built_in() -> bool:
     return bool(found and found.origin and any(Path(found.origin).parent.glob("ops/comm/deepspeed_shm_comm_op*.so")))
 
 
-def _slow_bf16(plan: Plan, store: Store) -> bool:
+def _slow_bf16(missing: Sequence[Step]) -> bool:
     """Whether steps to run compute in bfloat16 on this machine's CPU, and it has no units for it."""
-    dtypes = {
-        getattr(getattr(s.recipe, "optimization", s.recipe), "dtype", None)
-        for s in plan.steps.values()
-        if not s.layout.gpus and not store.has(s.stage, s.key)
-    }
+    dtypes = {getattr(getattr(s.recipe, "optimization", s.recipe), "dtype", None) for s in missing if not s.layout.gpus}
     if "bfloat16" not in dtypes or not Path("/proc/cpuinfo").is_file():
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())

@@ -59,10 +59,18 @@ def prepare(context: Any, job: Job) -> None:
     context.about = {"key": step.key, "label": step.label, **step.coordinates}
     paths = StoreLayout(job.store)
     context.resume, stop = paths.work(step.key), paths.stop(step.key)
-    context.stop = lambda: told() or stop.exists()
+    context.stop = lambda: told() or listed(stop)
     if context.rank == 0:
         stop.unlink(missing_ok=True)  # told to the attempt before this one
         context.progress = Reporter(paths.watch(step.key))
+
+
+def listed(path: Path) -> bool:
+    """Whether a file is there, by its directory: NFS remembers for up to a minute that a name did not exist."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except OSError:
+        return False
 
 
 def accelerator(gpus: int) -> str:

@@ -116,6 +116,8 @@ def _state(step: Step, shape: Shape) -> int:
     if isinstance(recipe, Update) or (isinstance(recipe, Base) and recipe.optimization):
         resident = weights if isinstance(recipe, Update) else 0  # what `init` makes has no version beside it
         return resident + _in_training(step, shape, weights)
+    if isinstance(recipe, Evaluate) and recipe.scales and recipe.apply == "merged" and step.layout.gpus:
+        return weights + shape.body * BYTES[_dtype(step, shape)]  # the patched ones, beside the version's own
     return weights
 
 
@@ -130,7 +132,8 @@ def _copies(step: Step, shape: Shape) -> int:
 def _in_training(step: Step, shape: Shape, weights: int) -> int:
     """The private weights of a full training with all that moves them, and the sum of the head's gradient."""
     workers, half = step.layout.workers, _dtype(step, shape) != "float32"
-    zero = step.layout.zero if step.layout.zero is not None else int(workers > 1 or step.layout.offload)
+    alone = step.layout.offload or _dtype(step, shape) == "float16"
+    zero = step.layout.zero if step.layout.zero is not None else int(workers > 1 or alone)
     masters = 4 if half or zero else 0  # alone and in fp32 the weights are their own masters
     optimizer = (8 + masters) * shape.parameters // (workers if zero >= 1 else 1)
     gradients = 4 * shape.parameters // (workers if zero >= 2 else 1)

@@ -15,11 +15,11 @@ from typing import Any
 from portllm.errors import SpecError
 
 STAGE_VERSIONS = {
-    "base": 4,
+    "base": 5,
     "corpus": 2,
     "requests": 1,
-    "update": 4,
-    "finetune": 4,
+    "update": 5,
+    "finetune": 5,
     "evaluate": 6,
     "export": 1,
     "diagnose": 1,

@@ -110,7 +110,8 @@ def pretrain(
         model.to(storage)
         return {"tokens": 0}
     run.scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run.scratch) as directory:
+    # NFS keeps files that are still mapped under other names, and their directory, until this process closes them.
+    with tempfile.TemporaryDirectory(dir=run.scratch, ignore_cleanup_errors=True) as directory:
         tokenise(kept(recipe, inputs), tokenizer, text.seed, Path(directory), run.scratch)
         data = packed(Path(directory), 0, recipe.tokens, recipe.sequence_length)
         batches = update_batches(len(data), optimization.batch, optimization.seed)

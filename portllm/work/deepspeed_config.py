@@ -21,7 +21,7 @@ BUCKET = 2**24
 
 def deepspeed_config(optimization: Optimization, layout: Layout, world: int, trains: Trains) -> dict[str, Any]:
     """DeepSpeed's configuration for `world` ranks. Raises SpecError for a combination that cannot work."""
-    stage = zero_stage(layout, world, trains)
+    stage = zero_stage(layout, world, trains, optimization.dtype)
     own = {name: value for name, value in layout.deepspeed.items() if name != "zero_optimization"}
     return own | {
         # The loop itself says which pass is a step's last: DeepSpeed's own count must be 1.
@@ -35,11 +35,16 @@ def deepspeed_config(optimization: Optimization, layout: Layout, world: int, tra
     }
 
 
-def zero_stage(layout: Layout, world: int, trains: Trains) -> int:
-    """The layout's ZeRO stage, or its default: 0 alone (1 with offload), else 2 for LoRA and 1 for full weights."""
+def zero_stage(layout: Layout, world: int, trains: Trains, dtype: str) -> int:
+    """The layout's ZeRO stage, or its default: 0 alone (1 with offload or in float16), else 2 for LoRA and 1 for full
+    weights.
+
+    Outside ZeRO, DeepSpeed divides float16's gradients by the loss scale and never multiplies the loss with it
+    (`runtime/engine.py`, `_scale_loss`): AdamW would see gradients 65,536 times too small.
+    """
     if layout.zero is None:
         if world == 1:
-            return 1 if layout.offload else 0
+            return 1 if layout.offload or dtype == "float16" else 0
         return 2 if trains == "lora" else 1
     if layout.zero not in (0, 1, 2, 3):
         raise SpecError(f"resources: `zero: {layout.zero}` is no ZeRO stage; there are 0, 1, 2 and 3")
@@ -47,6 +52,8 @@ def zero_stage(layout: Layout, world: int, trains: Trains) -> int:
         raise SpecError("resources: ZeRO-3 with LoRA can save empty adapters (peft #2892): set `zero: 2`, or none")
     if layout.zero == 0 and layout.offload:
         raise SpecError("resources: `offload` needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
+    if layout.zero == 0 and dtype == "float16":
+        raise SpecError("resources: float16 needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
     return layout.zero
 
 

@@ -13,17 +13,21 @@ import torch
 
 from portllm.errors import StageError
 
-POSITIONS = 512
-"""Positions per product with the head: 256-512 ran fastest on a CPU."""
 VOCABULARY = 2048
 """Tokens per block of the vocabulary: the fastest of 2k to 16k at 32k and 262k entries (1.1 to 1.4 times the product
 and log-softmax of all logits at once, whose allocation is what costs)."""
 
 LOGITS = 2**26
-"""Logits at once in a training: 256 MB in fp32. Whole rows of them are made once and turned into slopes in place, where
-blocks of the vocabulary had to be made twice: 1.3 to 1.9 times as fast."""
+"""Logits at once in a training, and on a device: 256 MB in fp32. Whole rows are made once and turned into slopes
+in place, where blocks of the vocabulary had to be made twice: 1.3 to 1.9 times as fast."""
 CACHED = 2**20
-"""Logits turned into slopes at once: what stays in a processor's cache."""
+"""Logits turned into slopes at once on a CPU: what stays in its cache. A GPU turns all it has: with 262,144 entries and
+16,384 targets these would be 61,000 calls."""
+
+
+def positions_at_once(device: torch.device) -> int:
+    """Positions per product with the head: 256-512 ran fastest on a CPU; a GPU wants few and large ones."""
+    return 512 if device.type == "cpu" else 4096
 
 
 def body(model: Any) -> Any:
@@ -98,10 +102,11 @@ class Head:
         """
         logs_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_PD.device)
         first_T = torch.empty(len(targets_T), dtype=torch.bool, device=hidden_PD.device)
-        for start in range(0, len(hidden_PD), POSITIONS):
-            here = ((at_T >= start) & (at_T < start + POSITIONS)).nonzero()[:, 0]
+        size = positions_at_once(hidden_PD.device)
+        for start in range(0, len(hidden_PD), size):
+            here = ((at_T >= start) & (at_T < start + size)).nonzero()[:, 0]
             targets, rows = targets_T[here], at_T[here] - start
-            target, total_P, best_P = self._online(hidden_PD[start : start + POSITIONS], targets, rows)
+            target, total_P, best_P = self._online(hidden_PD[start : start + size], targets, rows)
             logs_T[here], first_T[here] = target - total_P[rows], best_P[rows] == targets
         return logs_T, first_T
 
@@ -134,7 +139,8 @@ class Head:
         The slopes have the weight's dtype; the next positions overwrite them. Needs `parameters`.
         """
         weight_VD, bias_V = self._module.weight, self._module.bias
-        size, rows = max(1, LOGITS // len(weight_VD)), max(1, CACHED // len(weight_VD))
+        size = max(1, LOGITS // len(weight_VD))
+        rows = max(1, CACHED // len(weight_VD)) if hidden_PD.device.type == "cpu" else size
         for start in range(0, len(hidden_PD), size):
             here = slice(start, min(start + size, len(hidden_PD)))
             slope_PV = self._buffer(weight_VD.dtype, here.stop - start, len(weight_VD))
@@ -180,12 +186,12 @@ class Head:
     def _block(self, positions: int) -> int:
         """Tokens of a block of the vocabulary.
 
-        On a device, few positions take larger blocks, as many logits at once. A CPU's product in float32 is 1.3 times
-        as fast in small ones (15 positions, 262k entries: 139 against 184 ms); in bfloat16 they are alike.
+        On a device as many as `LOGITS` holds. A CPU's product in float32 is 1.3 times as fast in small blocks (15
+        positions, 262k entries: 139 against 184 ms); in bfloat16 they are alike.
         """
         if self._module.weight.device.type == "cpu":
             return VOCABULARY
-        return max(VOCABULARY, POSITIONS * VOCABULARY // max(1, positions))
+        return max(VOCABULARY, LOGITS // max(1, positions))
 
     def _buffer(self, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         device = self._module.weight.device

@@ -24,7 +24,7 @@ import torch
 from portllm.errors import StageError
 from portllm.work.context import Progress, unheard
 from portllm.work.halving import fits, in_halves
-from portllm.work.head import POSITIONS, Head, body
+from portllm.work.head import Head, body, positions_at_once
 from portllm.work.kv_cache import attention_window, keeps_all
 from portllm.work.last_layer import LastLayer
 from portllm.work.requests import RequestSet
@@ -275,7 +275,7 @@ class _Scorer:
     def score(self, batch: Sequence[Family], budget: int) -> None:
         """Forwards a batch; where it does not fit into memory, its halves."""
         self.halved += in_halves(batch, lambda part: self._undone(part, budget))
-        if sum(len(hidden_PD) for hidden_PD, _, _ in self._read) >= POSITIONS:
+        if sum(len(hidden_PD) for hidden_PD, _, _ in self._read) >= positions_at_once(self.model.device):
             self.finish()
 
     def _undone(self, batch: Sequence[Family], budget: int) -> None:

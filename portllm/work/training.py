@@ -163,8 +163,7 @@ def start(
     stored: Stored,
 ) -> Any:
     """A DeepSpeed engine around the loss module, with torch's AdamW over what requires gradients."""
-    if run.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = run.device
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 

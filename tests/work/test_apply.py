@@ -1,5 +1,7 @@
 """Applied from files to files: PEFT's bits where a patch touches, the source's bytes everywhere else, or nothing."""
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -408,3 +410,19 @@ def test_a_wrong_request_is_one_error_and_writes_nothing(
     error = portllm("apply", *given, *arguments, code=2)
     assert message in error and error.count("error:") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_allocation_gets_files_of_full_size_all_the_same(tmp_path, monkeypatch):
+    def missing(*_):
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(streaming, "_libc", SimpleNamespace(fallocate=missing))
+    with (tmp_path / "file").open("wb") as file:
+        streaming._allocate(file.fileno(), 12345)
+    assert (tmp_path / "file").stat().st_size == 12345
+
+
+def test_a_full_disk_is_known_before_the_first_piece(tmp_path):
+    with (tmp_path / "file").open("wb") as file, pytest.raises(OSError, match="No space left|File too large"):
+        streaming._allocate(file.fileno(), 2**60)

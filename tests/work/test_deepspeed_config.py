@@ -52,9 +52,10 @@ def test_golden_configurations(
 
 
 def test_zero_defaults_to_0_alone_and_with_several_workers_to_2_for_lora_and_1_for_full_weights() -> None:
-    assert [zero_stage(Layout(), 1, t) for t in ("lora", "full")] == [0, 0]
-    assert [zero_stage(Layout(), 2, t) for t in ("lora", "full")] == [2, 1]
-    assert zero_stage(Layout(zero=3), 2, "full") == 3
+    assert [zero_stage(Layout(), 1, t, "float32") for t in ("lora", "full")] == [0, 0]
+    assert [zero_stage(Layout(), 2, t, "float32") for t in ("lora", "full")] == [2, 1]
+    assert [zero_stage(Layout(), 1, t, "float16") for t in ("lora", "full")] == [1, 1]
+    assert zero_stage(Layout(zero=3), 2, "full", "bfloat16") == 3
 
 
 @pytest.mark.parametrize(
@@ -63,11 +64,13 @@ def test_zero_defaults_to_0_alone_and_with_several_workers_to_2_for_lora_and_1_f
         (Layout(zero=3), "lora", "ZeRO-3 with LoRA"),
         (Layout(zero=4), "full", "no ZeRO stage"),
         (Layout(zero=0, offload=True), "full", "offload"),
+        (Layout(zero=0), "float16", "float16 needs a ZeRO stage"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_mend(layout: Layout, trains: Any, message: str) -> None:
+    optimization = replace(OPTIMIZATION, dtype="float16") if trains == "float16" else OPTIMIZATION
     with pytest.raises(SpecError, match=message):
-        deepspeed_config(OPTIMIZATION, layout, 2, trains)
+        deepspeed_config(optimization, layout, 2, "full" if trains == "float16" else trains)
 
 
 @pytest.mark.parametrize(
