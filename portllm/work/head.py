@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -35,36 +35,49 @@ def body(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
-_checked: WeakSet[Any] = WeakSet()
-"""Models whose logits were found to be what `Head` makes."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+_FACTORS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
+"""Names of a configuration (Cohere's, Granite's, Falcon-H1's) → the power of its value that logits are multiplied with.
+HyperCLOVA X multiplies with what Granite divides by: of a value and its inverse, the one that fits is taken."""
+_factors: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+"""Models whose logits were found to be what `Head` makes, with their factor."""
 
 
 class Head:
-    """The output embedding with its soft-cap: logits of hidden states, one block of the vocabulary at a time."""
+    """The output embedding, a factor, a soft-cap: logits of hidden states, one block of the vocabulary at a time."""
 
     def __init__(self, model: Any) -> None:
         self._module = model.get_output_embeddings()
         if self._module is None or not hasattr(model, model.base_model_prefix or " "):
             raise StageError(f"{type(model).__name__} is not a body and a head: its logits cannot be made")
-        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        text = model.config.get_text_config()
+        self._cap: float | None = next((cap for name in _CAPS if (cap := getattr(text, name, None))), None)
         # Any other module (a LoRA layer in adapter mode) is called for the whole vocabulary.
         self._plain = type(self._module) is torch.nn.Linear
         self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-        if model not in _checked:
-            self._check(model)
-            _checked.add(model)
+        self._factor = _factors.get(model, 1.0)
+        if model not in _factors:
+            _factors[model] = self._factor = self._checked_factor(model)
 
-    def _check(self, model: Any) -> None:
-        """One short forward pass: head(body(x)) is what the model itself returns, or the model is refused."""
+    def _checked_factor(self, model: Any) -> float:
+        """By one short forward pass: with it head(body(x)) is what the model itself returns, else it is refused."""
         ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():  # no inference mode: a training writes to the same buffers later
             own = model(input_ids=ids, use_cache=False).logits[0].float()
-            ours = self.logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+            hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+            ours = {}
+            for self._factor in _possible_factors(model.config.get_text_config()):
+                ours[self._factor] = self.logits(hidden)
+        if own.shape != ours[1.0].shape:
+            raise StageError(f"{type(model).__name__} returns other logits than its head: it cannot be scored")
+        off = {factor: float((own - logits).abs().max()) for factor, logits in ours.items()}
+        best = min(off, key=lambda factor: off[factor])
         tolerance = 1e-3 if next(self._module.parameters()).dtype == torch.float32 else 0.05
         scale = own.abs().max().clamp(min=1.0)
-        if own.shape != ours.shape or (own - ours).abs().max() > tolerance * scale:
+        if not off[best] <= tolerance * scale:
             raise StageError(f"{type(model).__name__} changes its logits after the head (a scale, say): neither scores "
                              f"nor losses of it would be exact")  # fmt: skip
+        return best
 
     @property
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -74,7 +87,7 @@ class Head:
 
     def whole(self, hidden_PD: torch.Tensor) -> torch.Tensor:
         """fp32 logits over the whole vocabulary by calling the module: gradients flow through it."""
-        logits_PV = self._module(hidden_PD).float()
+        logits_PV = self._factor * self._module(hidden_PD).float()
         return logits_PV if self._cap is None else self._cap * torch.tanh(logits_PV / self._cap)
 
     def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
@@ -134,7 +147,7 @@ class Head:
     def slopes(
         self, hidden_PD: torch.Tensor, targets_P: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """∂(Σ −log p)/∂logits before cap and bias, some positions at a time: (positions, log p there, slope_PV).
+        """∂(Σ −log p)/∂logits before factor, cap and bias: (positions, log p there, slope_PV), some at a time.
 
         The slopes have the weight's dtype; the next positions overwrite them. Needs `parameters`.
         """
@@ -151,8 +164,10 @@ class Head:
             yield here, torch.cat([self._to_slopes(*part) for part in parts]), slope_PV
 
     def _to_slopes(self, logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-        """Turns logits before the cap into slopes in place: log p of the targets, fp32 [P]."""
+        """Turns logits before factor and cap into slopes in place: log p of the targets, fp32 [P]."""
         slope_PV = logits_PV.float()  # itself, or a copy
+        if self._factor != 1:
+            slope_PV.mul_(self._factor)
         bend_PV = None
         if self._cap is not None:
             bend_PV = 1 - (self._capped(slope_PV) / self._cap) ** 2
@@ -163,6 +178,8 @@ class Head:
         slope_PV[torch.arange(len(targets_P), device=targets_P.device), targets_P] -= 1
         if bend_PV is not None:
             slope_PV.mul_(bend_PV)
+        if self._factor != 1:
+            slope_PV.mul_(self._factor)
         if slope_PV is not logits_PV:
             logits_PV.copy_(slope_PV)
         return target_P - top_P - sum_P.log()
@@ -181,7 +198,8 @@ class Head:
             if bias_V is not None:
                 product_PV += bias_V[first : first + size]
             logits_PV = self._buffer(torch.float32, *product_PV.shape)
-            yield first, self._capped(logits_PV if logits_PV is product_PV else logits_PV.copy_(product_PV))
+            logits_PV = logits_PV if logits_PV is product_PV else logits_PV.copy_(product_PV)
+            yield first, self._capped(logits_PV if self._factor == 1 else logits_PV.mul_(self._factor))
 
     def _block(self, positions: int) -> int:
         """Tokens of a block of the vocabulary.
@@ -204,3 +222,10 @@ class Head:
         if self._cap is None:
             return logits_PV
         return logits_PV.div_(self._cap).tanh_().mul_(self._cap)
+
+
+def _possible_factors(config: Any) -> list[float]:
+    """1, and what a configuration's numbers may mean for the logits."""
+    values = {name: getattr(config, name, None) for name in _FACTORS}  # MPT has a word there
+    named = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and value}
+    return list(dict.fromkeys([1.0, *(v**p for name, v in named.items() for p in (_FACTORS[name], -_FACTORS[name]))]))

@@ -99,10 +99,44 @@ def test_a_second_backward_pass_through_one_loss_is_an_error() -> None:
         value.backward()
 
 
-def test_an_architecture_that_scales_its_logits_is_refused() -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
 
-    config = GraniteConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                           num_attention_heads=2, num_key_value_heads=2, logits_scaling=4.0)  # fmt: skip
-    with pytest.raises(StageError, match="GraniteForCausalLM changes its logits"):
-        SummedLoss(GraniteForCausalLM(config))
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Cohere", {"logit_scale": 0.25}), ("Cohere2", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 4.0}),
+        ("HyperCLOVAX", {"logits_scaling": 0.25}), ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+    ],
+)  # fmt: skip
+def test_logits_scaled_or_capped_after_the_head_give_the_loss_and_slopes_of_the_model_itself(name, more) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SMALL, **more))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)  # of 0.02
+    ids, targets = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (18,))
+    logits_PV = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+    assert logits_PV.abs().max() > 0.5
+    cross_entropy(logits_PV, targets, reduction="sum").backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = SummedLoss(model)(ids, None, torch.arange(18), targets, 2)
+    loss.backward()
+    assert loss.item() == pytest.approx(cross_entropy(logits_PV, targets, reduction="sum").item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, exact[name], rtol=1e-4, atol=1e-5)
+    hidden = head.body(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    with torch.no_grad():
+        logs, _ = head.Head(model).score(hidden, targets, torch.arange(18))
+    torch.testing.assert_close(logs, torch.log_softmax(logits_PV, 1)[torch.arange(18), targets].detach())
+
+
+def test_an_architecture_that_changes_its_logits_otherwise_is_refused() -> None:
+    model = toy.model()
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits + logits.roll(1, dims=-1))
+    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.T
+    with pytest.raises(StageError, match="changes its logits"):
+        SummedLoss(model)
