@@ -59,7 +59,7 @@ def test_texts_that_have_ended_are_told_also_where_batches_are_halved(rows, monk
     assert told == sorted(told) and told[-1] == (9, 9) and len(told) >= min(ends, 2)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo", "cohere2"])
 def test_generated_text_is_that_of_each_prompt_alone(kind):
     model = tiny(kind)
     made = generate(model, Words(), request_set(prompts(), **generation()), budget=100)

@@ -61,7 +61,9 @@ def test_a_last_layer_that_mixes_positions_computes_everywhere():
     np.testing.assert_allclose(alone.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo", "phi"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neo", "phi", "granite", "cohere2"]
+)
 def test_scores_are_those_of_each_request_alone(kind):
     model, pairs = tiny(kind), drawn()
     expected, greedy = plain(model, pairs)
@@ -231,7 +233,7 @@ def test_blocks_of_the_vocabulary_change_nothing(monkeypatch):
     model, pairs = tiny("gemma2"), drawn(10)
     whole = loglikelihoods(model, request_set(pairs), 256)
     monkeypatch.setattr(head, "VOCABULARY", 10)
-    monkeypatch.setattr(head, "POSITIONS", 3)
+    monkeypatch.setattr(head, "positions_at_once", lambda device: 3)
     blocks = loglikelihoods(model, request_set(pairs), 256)
     np.testing.assert_allclose(blocks.loglikelihoods, whole.loglikelihoods, atol=1e-5, rtol=0)
     assert blocks.greedy.tolist() == whole.greedy.tolist()
@@ -248,11 +250,6 @@ def test_sums_are_made_in_fp32_for_a_bf16_model():
         logits = (h @ model.lm_head.weight.T).float()
         exact = torch.log_softmax(logits, -1)[targets, targets]
         np.testing.assert_allclose(Head(model).score(h, targets, torch.arange(len(h)))[0], exact, atol=1e-5)
-
-
-def test_an_architecture_that_changes_its_logits_after_the_head_is_refused():
-    with pytest.raises(StageError, match="GraniteForCausalLM changes its logits after the head"):
-        loglikelihoods(tiny("granite"), request_set(drawn(1)), 64)
 
 
 def test_weights_that_are_not_finite_are_an_error_and_not_a_score():

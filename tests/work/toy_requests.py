@@ -30,6 +30,7 @@ def tiny(kind: str, **changes) -> Any:
             **shape | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48} | changes
         ),
         "granite": lambda: transformers.GraniteConfig(**shape | {"logits_scaling": 8.0} | changes),
+        "cohere2": lambda: transformers.Cohere2Config(**shape | {"logit_scale": 0.25, "sliding_window": 8} | changes),
     }[kind]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
