@@ -13,7 +13,7 @@ from portllm.study.keys import canonical
 from portllm.study.recipes import Finetune
 from portllm.work.batches import Batch, Sequences, examples, finetune_batches
 from portllm.work.context import RunContext, Summary
-from portllm.work.lora import attach, go_on, private_copy, save_adapter
+from portllm.work.lora import attach, go_on, private_copy, require_applicable, save_adapter
 from portllm.work.provenance import licence, seal_patch
 from portllm.work.requests import open_examples
 from portllm.work.training import train
@@ -30,6 +30,7 @@ def finetune(recipe: Finetune, inputs: Mapping[str, Path], out: Path, run: RunCo
     adapted = (
         go_on(model, inputs["patch1"]) if "patch1" in inputs else attach(model, recipe.lora, recipe.optimization.seed)
     )
+    require_applicable(adapted, resident)
     ledger = train(model, data, plan(recipe, data), recipe.optimization, "lora", run, out)
     if run.rank == 0:
         save_adapter(adapted, out)

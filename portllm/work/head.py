@@ -31,8 +31,11 @@ def positions_at_once(device: torch.device) -> int:
 
 
 def body(model: Any) -> Any:
-    """The model without its head."""
-    return getattr(model, model.base_model_prefix)
+    """The model without its head. StageError where it has none."""
+    for name in (model.base_model_prefix, "model"):  # Llama 4 names one that it does not have
+        if name and hasattr(model, name):
+            return getattr(model, name)
+    raise StageError(f"{type(model).__name__} is not a body and a head: its logits cannot be made")
 
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -48,8 +51,8 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         self._module = model.get_output_embeddings()
-        if self._module is None or not hasattr(model, model.base_model_prefix or " "):
-            raise StageError(f"{type(model).__name__} is not a body and a head: its logits cannot be made")
+        if self._module is None:
+            raise StageError(f"{type(model).__name__} has no output embedding: its logits cannot be made")
         text = model.config.get_text_config()
         self._cap: float | None = next((cap for name in _CAPS if (cap := getattr(text, name, None))), None)
         # Any other module (a LoRA layer in adapter mode) is called for the whole vocabulary.

@@ -11,6 +11,7 @@ from torch import nn
 from portllm.errors import StageError
 from portllm.study.recipes import Lora
 from portllm.work.deepspeed_config import Trains
+from portllm.work.resident import Resident
 from portllm.work.training import seed_everything
 
 
@@ -54,6 +55,29 @@ def go_on(model: Any, patch: Path) -> Any:
     import peft
 
     return peft.PeftModel.from_pretrained(model, str(patch), is_trainable=True)
+
+
+def require_applicable(adapted: Any, resident: Resident) -> None:
+    """Refuses, before anything is trained, a LoRA whose changes no stored tensor could take up.
+
+    transformers 5 keeps the experts of Mixtral and its like in one parameter, and PEFT's `all-linear` means those too.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    kind = adapted.config.model_type
+    for config in adapted.peft_config.values():
+        if experts := getattr(config, "target_parameters", None):
+            plain = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in config.target_modules}))
+            raise StageError(
+                f"LoRA on `{kind}` targets {', '.join(sorted(experts))}: whole stacks of experts, to which a patch "
+                f"cannot be applied yet; give targets: [{plain}]"
+            )
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and not resident.in_files(f"{name}.weight"):
+            raise StageError(
+                f"LoRA on `{kind}` targets `{name}`, and {resident.path} stores no `{name}.weight`: transformers "
+                f"renames, fuses or ties it, and a patch on it cannot be applied exactly; give targets without it"
+            )
 
 
 def check_targets(model: Any, targets: str | tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from portllm.study.recipes import Lora, Update
 from portllm.work import versions
 from portllm.work.batches import Sequences, mixed, packed, update_batches
 from portllm.work.context import RunContext, Summary
-from portllm.work.lora import attach, check_saved, private_copy, save_adapter
+from portllm.work.lora import attach, check_saved, private_copy, require_applicable, save_adapter
 from portllm.work.provenance import write_json
 from portllm.work.training import Whole, train
 from portllm.work.versions import numbered
@@ -37,6 +37,8 @@ def update(recipe: Update, inputs: Mapping[str, Path], out: Path, run: RunContex
     check_length(resident.model, recipe.sequence_length)
     model = private_copy(resident.model, recipe.method)
     adapted = attach(model, shape(recipe), recipe.optimization.seed) if recipe.method == "lora" else None
+    if adapted is not None:
+        require_applicable(adapted, resident)
     batches = update_batches(len(data), recipe.optimization.batch, recipe.optimization.seed)
     stored = resident if adapted is None else Whole()
     ledger = train(model, data, batches, recipe.optimization, recipe.method, run, out, stored)

@@ -25,8 +25,9 @@ from portllm.work.base import base
 from portllm.work.context import RunContext, Summary
 from portllm.work.corpora import corpus
 from portllm.work.finetune import finetune
-from portllm.work.lora import attach, check_saved
+from portllm.work.lora import attach, check_saved, private_copy, require_applicable
 from portllm.work.provenance import altered
+from portllm.work.resident import Resident
 from portllm.work.update import update
 from portllm.work.versions import Versions, version_digest
 from tests.work.checkpoints import save_model
@@ -43,6 +44,12 @@ UPDATE = Update("lora", tokens=1600, sequence_length=32, optimization=MOVES, lor
 FULL = replace(UPDATE, method="full", lora=None)
 FINETUNE = Finetune(LORA, MOVES, steps=6)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+MOE = {
+    "vocab_size": 120, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def context(scratch: Path, layout: Layout | None = None) -> RunContext:
@@ -312,3 +319,27 @@ def test_a_saved_tensor_that_is_empty_or_not_finite_fails_the_step(
 if __name__ == "__main__":
     root, examples, out = map(Path, sys.argv[1:])
     run(finetune, FINETUNE, {"root": root, "examples": examples}, out)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_lora_on_stacks_of_experts_is_refused_before_anything_is_trained(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MOE))
+    model.save_pretrained(tmp_path)
+    resident = Resident(tmp_path, "float32")
+    with pytest.raises(
+        StageError, match=r"down_proj, gate.weight, gate_up_proj: .*: \[k_proj, o_proj, q_proj, v_proj\]"
+    ):
+        require_applicable(attach(private_copy(resident.model, "lora"), Lora(2, 4), 0), resident)
+    named = Lora(2, 4, targets=("k_proj", "o_proj", "q_proj", "v_proj"))
+    require_applicable(attach(private_copy(resident.model, "lora"), named, 0), resident)
+
+
+def test_lora_on_what_is_stored_under_another_name_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**MOE, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    resident = Resident(tmp_path, "float32")
+    with pytest.raises(StageError, match="targets `lm_head`, and .* stores no `lm_head.weight`"):
+        require_applicable(attach(private_copy(resident.model, "lora"), Lora(2, 4, targets=("lm_head",)), 0), resident)
