@@ -15,6 +15,7 @@ def dropouts(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_dropout(name: str, value: object) -> bool:
-    """Whether a field or attribute drops something at random: `resid_pdrop`, `attention_dropout`, `layerdrop`, …"""
+    """Whether a field or attribute drops something at random (`resid_pdrop`, `attention_dropout`, `layerdrop`), or
+    shakes it (`router_jitter_noise`)."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and value != 0
-    return number and "drop" in name and not name.startswith(_ELSEWHERE)
+    return number and ("drop" in name or "jitter" in name) and not name.startswith(_ELSEWHERE)

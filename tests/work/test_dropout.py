@@ -43,6 +43,16 @@ def test_a_default_of_transformers_counts_as_well_as_a_stated_value() -> None:
         require_no_dropout(fresh(GPT2Config(vocab_size=32, **GPT2)))
 
 
+def test_noise_in_a_router_is_no_better() -> None:
+    from transformers import MixtralConfig, PhimoeConfig
+
+    small = {**TINY, "intermediate_size": 16, "num_key_value_heads": 2, "num_local_experts": 4}
+    for noisy in (MixtralConfig(**small, router_jitter_noise=0.1), PhimoeConfig(**small)):
+        with pytest.raises(StageError, match="`router_jitter_noise` is 0.0?1"):
+            require_no_dropout(fresh(noisy))
+    require_no_dropout(fresh(MixtralConfig(**small)))
+
+
 def test_dropout_of_heads_that_are_not_there_is_no_dropout() -> None:
     config = GPTNeoXConfig(**TINY, intermediate_size=16)
     assert config.classifier_dropout == 0.1
