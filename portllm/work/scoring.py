@@ -77,16 +77,20 @@ def loglikelihoods(model: Any, requests: RequestSet, budget: int, progress: Prog
     `progress` hears after each batch how many requests are done, of how many. Raises StageError for an architecture
     whose logits are more than head(body(x)), and for scores that are not finite.
     """
-    rows, truncated = plan_rows(requests, max_length(model, requests))
-    shares = keeps_all(model)
+    turn = rope_turn(model)
+    rows, truncated = plan_rows(requests, max_length(model, requests), turn)
+    long = sum(turn is not None and len(row.ids) > turn for row in rows)
+    shares = keeps_all(model) and not long
     families = plan_families(rows, requests, shares)
     scorer = _Scorer(model, len(requests))
     with torch.inference_mode():
         header = scorer.forward_header(shared_header(families if shares else [], attention_window(model)))
         done = np.cumsum(ended(families))
-        for batch in batches([len(family.stem.ids) - header for family in families], budget):
-            scorer.score(families[batch], budget)
-            progress(int(done[batch.stop - 1]), len(requests))
+        lengths = [len(family.stem.ids) - header for family in families]
+        for begin, end in ((0, long), (long, len(lengths))):  # longest first, and none of one side beside the other's
+            for batch in batches(lengths[begin:end], budget):
+                scorer.score(families[begin + batch.start : begin + batch.stop], budget)
+                progress(int(done[begin + batch.stop - 1]), len(requests))
         scorer.finish()
     if not np.isfinite(scorer.scores).all():
         worst = int(np.argmin(np.isfinite(scorer.scores)))
@@ -101,6 +105,15 @@ def max_length(model: Any, requests: RequestSet) -> int:
     from lm_eval.models.utils import resolve_max_length
 
     return int(resolve_max_length(model.config, None, default=requests.meta["model_max_length"]))
+
+
+def rope_turn(model: Any) -> int | None:
+    """The length beyond which a model turns all its positions otherwise (LongRoPE: Phi-3's 128k models): the longest
+    input of a forward pass decides for all of them."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
+    turns = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(turns, default=None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -133,8 +146,8 @@ def _windows(ids: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.asarray([*context, *predicted]), len(context)
 
 
-def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
-    """The distinct inputs, none a beginning of another, and how many requests were cut."""
+def plan_rows(requests: RequestSet, window: int, turn: int | None = None) -> tuple[list[Row], int]:
+    """The distinct inputs, none a beginning of another on the same side of `turn`, and how many requests were cut."""
     keyed: list[tuple[bytes, int, np.ndarray, int]] = []
     truncated = 0
     for request, ids, start in spans(requests, window):
@@ -144,7 +157,8 @@ def plan_rows(requests: RequestSet, window: int) -> tuple[list[Row], int]:
     rows: list[Row] = []
     last = b""
     for key, request, ids, start in sorted(keyed, key=lambda k: k[:2], reverse=True):
-        if not rows or not last.startswith(key):
+        apart = turn is not None and rows and (len(rows[-1].ids) > turn) != (len(ids) - 1 > turn)
+        if not rows or apart or not last.startswith(key):
             rows.append(Row(ids[:-1]))
             last = key
         rows[-1].reads.append((request, start - 1, ids[start:]))

@@ -13,7 +13,7 @@ from portllm.errors import StageError
 from portllm.work import head
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import batches, loglikelihoods, plan_families, plan_rows
+from portllm.work.scoring import batches, loglikelihoods, plan_families, plan_rows, rope_turn
 from tests.work.toy_requests import VOCABULARY, at_most, drawn, request_set, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +250,17 @@ def test_sums_are_made_in_fp32_for_a_bf16_model():
         logits = (h @ model.lm_head.weight.T).float()
         exact = torch.log_softmax(logits, -1)[targets, targets]
         np.testing.assert_allclose(Head(model).score(h, targets, torch.arange(len(h)))[0], exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [64, 2048])
+def test_a_model_that_turns_its_positions_by_length_scores_each_request_as_alone(budget):
+    model, (_, pairs) = tiny("phi3"), choices(header=0)
+    pairs = [*pairs, *drawn(8, longest=30), *((context[:9], answer) for context, answer in pairs[:4])]
+    lengths = [len(context) + len(answer) - 1 for context, answer in pairs]
+    assert min(lengths) < 16 < max(lengths)
+    assert rope_turn(model) == 16 and rope_turn(tiny("llama")) is None
+    scores = loglikelihoods(model, request_set(pairs), budget)
+    np.testing.assert_allclose(scores.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
 
 
 def test_weights_that_are_not_finite_are_an_error_and_not_a_score():

@@ -29,6 +29,21 @@ def tiny(kind: str, **changes) -> Any:
         "lfm2": lambda: transformers.Lfm2Config(
             **shape | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48} | changes
         ),
+        "phi3": lambda: transformers.Phi3Config(
+            **shape
+            | {
+                "original_max_position_embeddings": 16,
+                "pad_token_id": 0,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 16,
+                    "short_factor": [1.0, 1.1, 1.2, 1.3],
+                    "long_factor": [2.0, 4.0, 6.0, 8.0],
+                },
+            }
+            | changes
+        ),
         "granite": lambda: transformers.GraniteConfig(**shape | {"logits_scaling": 8.0} | changes),
         "cohere2": lambda: transformers.Cohere2Config(**shape | {"logit_scale": 0.25, "sliding_window": 8} | changes),
     }[kind]()
