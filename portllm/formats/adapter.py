@@ -25,7 +25,8 @@ _PARTS = {
 _PREFIX = "base_model.model."
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.")
 HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "tokens_embed", "w")
+"""Of Llama, GPT-2, GPT-NeoX, BLOOM, InternLM, Mamba, GPT, CTRL and their like."""
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; the others subtract from them."""

@@ -33,7 +33,7 @@ from portllm.work.changes import Patches
 from portllm.work.context import Summary
 from portllm.work.provenance import of_model, write_json
 from portllm.work.publishing import published
-from portllm.work.source import HEAD, Source, Terms
+from portllm.work.source import Source, Terms, head_name
 from portllm.work.streaming import Copied, Made, Output, Piece, Progress, write_files
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class _Maker:
 def _pieces(source: Source, file: Path, dtype: str | None, make: _Maker) -> list[Piece]:
     """One shard: runs of bytes to copy, and tensors to make between them."""
     entries, metadata = read_file(file)
-    untied = source.untied and source.tensors[HEAD].file == file
+    untied = source.untied and source.tensors[head_name(source.config)].file == file
     if dtype is None and not untied:
         begin = min((entry.start for entry in entries.values()), default=file.stat().st_size)
         pieces: list[Piece] = [Copied(file, 0, begin)]

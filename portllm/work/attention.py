@@ -10,7 +10,6 @@ Shape suffixes: B rows, H heads of keys and values, G heads that share one, S ne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,33 +17,26 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-NAME = "portllm_shared_heads"
 FEW = 64
 """New tokens up to which this is faster: with a whole prompt's it loses (325 against 241 ms)."""
 
 
 @contextmanager
 def shared_heads(model: Any) -> Iterator[None]:
-    """Forward passes of a few tokens inside the block copy no keys and values, where the model's attention allows."""
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not type(model)._can_set_attn_implementation():
+    """Forward passes of a few tokens inside the block copy no keys and values, where the model's attention allows.
+
+    The function is changed and not the name that the model knows it by: DeepSeek-V3.2 takes its mask by that name.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    if model.config.get_text_config()._attn_implementation != "sdpa" or not type(model)._can_set_attn_implementation():
         yield
         return
-    _register()
-    config._attn_implementation = NAME
+    functions["sdpa"] = _attention
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
-
-
-@functools.cache
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+        del functions["sdpa"]
 
 
 def _attention(

@@ -18,8 +18,12 @@ from portllm.work.changes import Applied, Blend, Change, Patches, Rounding, read
 if TYPE_CHECKING:
     import torch
 
-HEAD = "lm_head.weight"
-"""transformers' name of the head in every model that can tie it."""
+_HEADS = {"biogpt": "output_projection.weight"}
+
+
+def head_name(config: Mapping[str, Any]) -> str:
+    """transformers' name of a head that can be tied."""
+    return _HEADS.get(str(config.get("model_type")), "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _untied(
     embedding = next((name for name in tensors if last_part(name) in EMBEDDINGS), None)
     if not ties_embeddings(config, tensors) or embedding is None:
         raise ResolveError(f"{directory}: its head is not tied to its embedding: there is nothing to untie")
-    return {**tensors, HEAD: tensors[embedding]}, {**config, "tie_word_embeddings": False}
+    return {**tensors, head_name(config): tensors[embedding]}, {**config, "tie_word_embeddings": False}
 
 
 def _in_order(

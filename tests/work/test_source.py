@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from portllm.cli import main
 from portllm.errors import ResolveError
@@ -112,3 +112,32 @@ def test_a_hub_id_is_taken_from_the_hubs_cache_and_its_absence_is_one_error(
     with pytest.raises(ResolveError, match="HF_HUB_OFFLINE"):
         model_directory("owner/absent@main")
     assert model_directory("no_such_directory") == Path("no_such_directory")
+
+
+TIED = {
+    "biogpt": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True},
+    "ctrl": {"n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 16},
+    "openai-gpt": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "embedding"), [("mamba", "embeddings"), ("ctrl", "w"), ("openai-gpt", "tokens_embed")]
+)
+def test_a_tied_embedding_of_any_name_is_refused(kind: str, embedding: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=40, **TIED[kind]))
+    model.save_pretrained(tmp_path / "model")
+    save_adapter(tmp_path / "p", tmp_path / "model", target_modules=[embedding])
+    with pytest.raises(ResolveError, match=f"{embedding}`, the version ties head and embeddings"):
+        apply(tmp_path / "model", [(tmp_path / "p", 1.0)], tmp_path / "out")
+
+
+def test_a_head_of_another_name_is_untied_under_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("biogpt", vocab_size=40, **TIED["biogpt"])).eval()
+    model.save_pretrained(tmp_path / "model")
+    apply(tmp_path / "model", [], tmp_path / "out", terms=Terms(untie=True))
+    untied = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert untied.output_projection.weight is not untied.biogpt.embed_tokens.weight
+    torch.testing.assert_close(untied(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
