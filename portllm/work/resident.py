@@ -49,11 +49,20 @@ class Resident:
         return stored_name(name, self._tensors) is not None
 
     def stored_bits(self, name: str) -> torch.Tensor | None:
-        """A parameter's own bits, fp32, where the model's dtype does not hold them."""
+        """A parameter's own bits, fp32, where the model's dtype does not hold them.
+
+        One that transformers renames or fuses on loading lies in no file by its name: the model is loaded once more.
+        """
         stored = stored_name(name, self._tensors)
-        if stored is None or self.model.get_parameter(name).dtype in (torch.float32, self.stored_dtype(name)):
+        if self.model.get_parameter(name).dtype in (torch.float32, self.stored_dtype(name)):
             return None
+        if stored is None:
+            return self._as_stored.get_parameter(name).detach().float()
         return read_tensor(self._tensors[stored]).float()
+
+    @cached_property
+    def _as_stored(self) -> Any:
+        return _load(self.path, self.storage)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -86,6 +95,7 @@ class Resident:
 
     def reset(self) -> None:
         """Undoes what a training may leave behind without changing a weight."""
+        self.__dict__.pop("_as_stored", None)
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

@@ -153,6 +153,21 @@ def test_a_full_update_begins_with_each_tensor_s_own_bits_and_keeps_its_dtype(
     assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
 
 
+def test_a_full_update_keeps_the_bits_of_what_transformers_fuses_on_loading(
+    toy: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    root = shutil.copytree(toy["root"], tmp_path / "root")
+    shape = {**MOE, "vocab_size": json.loads((root / "config.json").read_text())["vocab_size"]}
+    MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=2)).save_pretrained(root)
+    before = load_file(root / "model.safetensors")
+    assert any(".experts.1.w1." in name for name in before) and {t.dtype for t in before.values()} == {torch.float32}
+    run(update, replace(FULL, optimization=STILL), {"root": root, "corpus": toy["corpus"]}, tmp_path / "full")
+    after = load_file(tmp_path / "full" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_warm_start_in_bfloat16_begins_with_the_old_patch_s_bits(toy: dict[str, Path], tmp_path: Path) -> None:
     run(finetune, FINETUNE, tuning(toy), tmp_path / "cold")
     inputs = tuning(toy) | {"patch1": tmp_path / "cold"}
