@@ -19,8 +19,11 @@ ROOM = 64
 
 
 def has_cache(model: Any) -> bool:
-    """Whether a pass goes on from the keys and values it is given."""
-    return "past_key_values" in inspect.signature(type(body(model)).forward).parameters
+    """Whether a pass goes on from the keys and values it is given, in transformers' common form (MiniMax has its own)."""
+    return (
+        type(model)._supports_default_dynamic_cache()
+        and "past_key_values" in inspect.signature(type(body(model)).forward).parameters
+    )
 
 
 def keeps_all(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from portllm.errors import StageError
 from portllm.work import generating, kv_cache
 from portllm.work.generating import generate
 from portllm.work.head import body
+from portllm.work.scoring import loglikelihoods
 from tests.work.toy_requests import at_most, drawn, request_set, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,3 +155,10 @@ def test_a_long_text_is_that_of_its_prompt_alone_whatever_room_there_was(monkeyp
     model = tiny("llama")
     made = generate(model, Words(), request_set(prompts(4), **generation(max_gen_toks=30)), budget=40)
     assert made.texts == [Words().decode(alone(model, p, 30), True) for p, _ in prompts(4)]
+
+
+def test_a_model_with_a_cache_of_its_own_kind_is_refused_and_scored_all_the_same():
+    model = tiny("minimax")
+    with pytest.raises(StageError, match="`minimax` keeps no keys and values between passes"):
+        generate(model, Words(), request_set(prompts(), **generation()), budget=100)
+    assert np.isfinite(loglikelihoods(model, request_set(drawn(4)), 64).loglikelihoods).all()

@@ -44,6 +44,7 @@ def tiny(kind: str, **changes) -> Any:
             }
             | changes
         ),
+        "minimax": lambda: transformers.MiniMaxConfig(**shape | {"num_local_experts": 2} | changes),
         "granite": lambda: transformers.GraniteConfig(**shape | {"logits_scaling": 8.0} | changes),
         "cohere2": lambda: transformers.Cohere2Config(**shape | {"logit_scale": 0.25, "sliding_window": 8} | changes),
     }[kind]()
