@@ -19,7 +19,7 @@ ROOM = 64
 
 
 def has_cache(model: Any) -> bool:
-    """Whether a pass goes on from the keys and values it is given, in transformers' common form (MiniMax has its own)."""
+    """Whether a pass goes on from the keys and values it is given, in the common form: MiniMax has its own."""
     return (
         type(model)._supports_default_dynamic_cache()
         and "past_key_values" in inspect.signature(type(body(model)).forward).parameters
