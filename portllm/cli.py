@@ -460,8 +460,9 @@ def _require_room(planned: Plan, kept: Store, address: str | None) -> None:
     from portllm.engine.schedule import require_fits
 
     if not address and not os.environ.get("RAY_ADDRESS"):
+        done = kept.published(step.stage for step in planned.steps.values())
         for step in planned.steps.values():
-            if not kept.has(step.stage, step.key):
+            if step.key not in done:
                 require_fits(step, Budget.of_this_machine())
 
 

@@ -291,7 +291,7 @@ def walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         for inner in sorted(path.iterdir()):
             if not _excluded(inner):
                 yield from walk(inner, (*above, real))
-    elif not path.exists():
+    elif path.is_symlink() and not path.exists():
         raise SpecError(f"{path} is a link that leads nowhere: mend or remove it")
 
 
