@@ -28,7 +28,7 @@ class Failure:
     """Path of the step's log."""
 
     @property
-    def device(self) -> bool:
+    def lost_device(self) -> bool:
         """Whether the process's context on its GPU is lost: after an assertion, an illegal access or an ECC error every
         later call fails."""
         said = self.type == "AcceleratorError" or "cuda error" in self.message.lower()
@@ -57,4 +57,4 @@ def decide(history: Sequence[Failure]) -> Decision:
         return Decision.SMALLER if sum(failure.type == DIED for failure in history) > 1 else Decision.RETRY
     if out_of_memory(last.type, last.message):
         return Decision.SMALLER
-    return Decision.RETRY if last.device else Decision.GIVE_UP
+    return Decision.RETRY if last.lost_device else Decision.GIVE_UP

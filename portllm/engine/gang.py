@@ -15,7 +15,6 @@ from portllm.engine.execute import Job, Outcome, attempted, perform
 from portllm.engine.preemption import listen
 from portllm.engine.workers import accelerator, new_context, prepare
 from portllm.errors import EngineError, PortllmError, out_of_memory
-from portllm.store.store import Store
 from portllm.work.context import Summary
 
 RAY_TRAIN = {
@@ -30,7 +29,6 @@ NO_RETRIES: dict[str, Any] = {"max_failures": 0, "max_preemption_failures": 0, "
 @ray.remote(num_cpus=0, max_retries=0)
 def run_gang(job: Job, nodes: list[str], scratch: str) -> Outcome:
     """Run a step's ranks under TorchTrainer, one per node named, and publish what they wrote; never raises."""
-    store = Store(job.store)
 
     def work(attempt: Path, log: Path) -> tuple[Summary, int]:
         try:
@@ -39,7 +37,7 @@ def run_gang(job: Job, nodes: list[str], scratch: str) -> Outcome:
             raise _cause(error) from error
         finally:
             _summary_file(attempt).unlink(missing_ok=True)
-            shutil.rmtree(_train_directory(store) / job.step.key[:16], ignore_errors=True)
+            shutil.rmtree(_train_directory(job.store) / job.step.key[:16], ignore_errors=True)
         return summary, summary.pop("loads")
 
     return attempted(job, work)
@@ -67,7 +65,7 @@ def _fit(job: Job, nodes: list[str], attempt: Path, log: Path, scratch: str) -> 
         torch_config=TorchConfig(backend="gloo" if accelerator(layout.gpus) == "cpu" else "cpu:gloo,cuda:nccl"),
         run_config=RunConfig(
             name=job.step.key[:16],
-            storage_path=str(_train_directory(Store(job.store))),
+            storage_path=str(_train_directory(job.store)),
             failure_config=FailureConfig(**NO_RETRIES),
         ),
     )
@@ -104,9 +102,9 @@ def _summary_file(attempt: Path) -> Path:
     return attempt.with_name(f"{attempt.name}.summary")
 
 
-def _train_directory(store: Store) -> Path:
+def _train_directory(store: Path) -> Path:
     """What Ray Train itself writes; removed when the step ends."""
-    return store.root / "work" / "train"
+    return store / "work" / "train"
 
 
 class WorkerDied(EngineError):

@@ -290,7 +290,9 @@ class Runner:
             return
         holder.step = None
         preempted = outcome.failure is not None and outcome.failure.type == PREEMPTED
-        broken = outcome.failure is not None and outcome.failure.device  # no later step would get an answer from it
+        broken = (
+            outcome.failure is not None and outcome.failure.lost_device
+        )  # no later step would get an answer from it
         if preempted or broken or not outcome.pid:  # it was told to end, or nobody was left to sign it
             self._retire(holder)
 

@@ -42,14 +42,13 @@ def new_context(scratch: Path, threads: int, gpus: int, rank: int = 0, world: in
         "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": parallel,
     }  # fmt: skip
     quiet_libraries()
-    os.environ["DS_ACCELERATOR"] = device = accelerator(gpus)
     import torch
 
     from portllm.work.context import RunContext
     from portllm.work.versions import Versions
 
     torch.set_num_threads(threads)
-    return RunContext(scratch, Versions(), rank=rank, world=world, device=device, log=lambda _: None)
+    return RunContext(scratch, Versions(), rank=rank, world=world, device=accelerator(gpus), log=lambda _: None)
 
 
 def prepare(context: Any, job: Job) -> None:
@@ -74,9 +73,9 @@ def listed(path: Path) -> bool:
 
 
 def accelerator(gpus: int) -> str:
-    """`cuda` for a step that holds GPUs. With DS_ACCELERATOR=cpu in a node's environment its GPUs are logical ones: a
+    """`cuda` for a step that holds GPUs. With PORTLLM_LOGICAL_GPUS in a node's environment these are numbers only: a
     study can be tried where there are none."""
-    return "cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    return "cuda" if gpus and not os.environ.get("PORTLLM_LOGICAL_GPUS") else "cpu"
 
 
 def quiet_libraries() -> None:

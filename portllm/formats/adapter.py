@@ -24,7 +24,7 @@ _PARTS = {
 """What a tensor is to its module, by the end of its name."""
 _PREFIX = "base_model.model."
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.")
-HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out", "output_projection")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "tokens_embed", "w")
 """Of Llama, GPT-2, GPT-NeoX, BLOOM, InternLM, Mamba, GPT, CTRL and their like."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from portllm.study.facts import Facts, Shape
 from portllm.study.recipes import Base, Evaluate, Finetune, Update
+from portllm.study.resources import zero_stage
 from portllm.study.steps import Cost, Plan, Step
 
 CPU_FLOPS = 4e10
@@ -132,8 +133,7 @@ def _copies(step: Step, shape: Shape) -> int:
 def _in_training(step: Step, shape: Shape, weights: int) -> int:
     """The private weights of a full training with all that moves them, and the sum of the head's gradient."""
     workers, half = step.layout.workers, _dtype(step, shape) != "float32"
-    alone = step.layout.offload or _dtype(step, shape) == "float16"
-    zero = step.layout.zero if step.layout.zero is not None else int(workers > 1 or alone)
+    zero = zero_stage(step.layout, workers, "full", _dtype(step, shape))
     masters = 4 if half or zero else 0  # alone and in fp32 the weights are their own masters
     optimizer = (8 + masters) * shape.parameters // (workers if zero >= 1 else 1)
     gradients = 4 * shape.parameters // (workers if zero >= 2 else 1)

@@ -24,7 +24,7 @@ from portllm.study.limits import (
     check_patch_dropout,
     check_room,
 )
-from portllm.study.resources import Layout
+from portllm.study.resources import Layout, Trains, zero_stage
 from portllm.study.spec import (
     ApplyMode,
     ExportChoice,
@@ -211,6 +211,9 @@ class _Planner:
         **coordinates: Any,
     ) -> str:
         key = step_key(stage, recipe, inputs)
+        if training := getattr(recipe, "optimization", None):
+            trains: Trains = "lora" if getattr(recipe, "lora", None) else "full"
+            zero_stage(layout, layout.workers, trains, training.dtype)  # refuses what could not be trained
         if key not in self.steps:
             self.steps[key] = Step(key, stage, label, recipe, dict(inputs), layout, coordinates)
         return key

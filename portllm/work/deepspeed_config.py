@@ -1,4 +1,4 @@
-"""Recipe and layout → DeepSpeed's configuration: one pure function, without torch, so that `plan` can refuse early.
+"""Recipe and layout → DeepSpeed's configuration: one pure function.
 
 What a number depends on (clipping, dtype) comes from the recipe; the rest from the layout, which moves rounding only.
 The optimizer is torch's AdamW, handed to `deepspeed.initialize` by the training loop: an AdamW named here would be
@@ -6,14 +6,10 @@ FusedAdam, which DeepSpeed compiles at its first use.
 """
 
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
-from portllm.errors import SpecError
 from portllm.study.recipes import Optimization
-from portllm.study.resources import Layout
-
-Trains = Literal["lora", "full"]
-"""What moves in a training."""
+from portllm.study.resources import Layout, Trains, zero_stage
 
 BUCKET = 2**24
 """Elements of a communication bucket: DeepSpeed's own 5e8 would hold 2 GB in fp32 for a model of any size."""
@@ -33,28 +29,6 @@ def deepspeed_config(optimization: Optimization, layout: Layout, world: int, tra
         **({"zero_force_ds_cpu_optimizer": False} if layout.offload else {}),
         **precision(optimization.dtype, stage),
     }
-
-
-def zero_stage(layout: Layout, world: int, trains: Trains, dtype: str) -> int:
-    """The layout's ZeRO stage, or its default: 0 alone (1 with offload or in float16), else 2 for LoRA and 1 for full
-    weights.
-
-    Outside ZeRO, DeepSpeed divides float16's gradients by the loss scale and never multiplies the loss with it
-    (`runtime/engine.py`, `_scale_loss`): AdamW would see gradients 65,536 times too small.
-    """
-    if layout.zero is None:
-        if world == 1:
-            return 1 if layout.offload or dtype == "float16" else 0
-        return 2 if trains == "lora" else 1
-    if layout.zero not in (0, 1, 2, 3):
-        raise SpecError(f"resources: `zero: {layout.zero}` is no ZeRO stage; there are 0, 1, 2 and 3")
-    if layout.zero == 3 and trains == "lora":
-        raise SpecError("resources: ZeRO-3 with LoRA can save empty adapters (peft #2892): set `zero: 2`, or none")
-    if layout.zero == 0 and layout.offload:
-        raise SpecError("resources: `offload` needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
-    if layout.zero == 0 and dtype == "float16":
-        raise SpecError("resources: float16 needs a ZeRO stage of at least 1; set `zero: 1`, or leave it out")
-    return layout.zero
 
 
 def zero(stage: int, layout: Layout) -> dict[str, Any]:

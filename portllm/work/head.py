@@ -39,8 +39,8 @@ def body(model: Any) -> Any:
 
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
-_FACTORS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
-"""Names of a configuration (Cohere's, Granite's, Falcon-H1's) → the power of its value that logits are multiplied with.
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+"""What logits are multiplied with after the head, by its names in a configuration (Cohere's, Granite's, Falcon-H1's).
 HyperCLOVA X multiplies with what Granite divides by: of a value and its inverse, the one that fits is taken."""
 _factors: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 """Models whose logits were found to be what `Head` makes, with their factor."""
@@ -229,6 +229,8 @@ class Head:
 
 def _possible_factors(config: Any) -> list[float]:
     """1, and what a configuration's numbers may mean for the logits."""
-    values = {name: getattr(config, name, None) for name in _FACTORS}  # MPT has a word there
-    named = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and value}
-    return list(dict.fromkeys([1.0, *(v**p for name, v in named.items() for p in (_FACTORS[name], -_FACTORS[name]))]))
+    values = [getattr(config, name, None) for name in _FACTORS]
+    numbers = [
+        float(value) for value in values if isinstance(value, int | float) and value
+    ]  # MPT may have a word there
+    return list(dict.fromkeys([1.0, *(factor for value in numbers for factor in (value, 1 / value))]))

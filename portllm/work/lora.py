@@ -10,7 +10,7 @@ from torch import nn
 
 from portllm.errors import StageError
 from portllm.study.recipes import Lora
-from portllm.work.deepspeed_config import Trains
+from portllm.study.resources import Trains
 from portllm.work.resident import Resident
 from portllm.work.training import seed_everything
 

@@ -28,11 +28,12 @@ from torch import Tensor, distributed, nn
 
 from portllm.errors import Preempted, StageError
 from portllm.study.recipes import Optimization
+from portllm.study.resources import Trains
 from portllm.work import engine_state
 from portllm.work.batches import Arrays, Batch, Sequences, collate, micro_batches
 from portllm.work.checkpoints import Checkpoints
 from portllm.work.context import RunContext, Summary
-from portllm.work.deepspeed_config import Trains, deepspeed_config
+from portllm.work.deepspeed_config import deepspeed_config
 from portllm.work.ledger import Meter
 from portllm.work.loss import SummedLoss, head_blocks, require_no_dropout, vocabulary
 from portllm.work.points import Point

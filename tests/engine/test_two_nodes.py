@@ -26,7 +26,7 @@ arms: [none, port]
 def ran(tmp_path_factory):
     """(plan, tasks, actors, placement groups seen while it ran)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")  # GPUs that are numbers only
+        patch.setenv("PORTLLM_LOGICAL_GPUS", "1")
         yield from observed(tmp_path_factory)
 
 

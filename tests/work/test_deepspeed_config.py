@@ -8,8 +8,8 @@ import pytest
 from portllm.errors import SpecError
 from portllm.study.own_deepspeed import REFUSED, RESOURCES, laid_over
 from portllm.study.recipes import Optimization
-from portllm.study.resources import Layout
-from portllm.work.deepspeed_config import BUCKET, deepspeed_config, zero_stage
+from portllm.study.resources import Layout, zero_stage
+from portllm.work.deepspeed_config import BUCKET, deepspeed_config
 
 OPTIMIZATION = Optimization(learning_rate=1e-3, batch=32, seed=1)
 BUCKETS = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}

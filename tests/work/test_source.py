@@ -138,6 +138,8 @@ def test_a_head_of_another_name_is_untied_under_it(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("biogpt", vocab_size=40, **TIED["biogpt"])).eval()
     model.save_pretrained(tmp_path / "model")
     apply(tmp_path / "model", [], tmp_path / "out", terms=Terms(untie=True))
+    with pytest.raises(ResolveError, match="nothing to untie"):
+        apply(tmp_path / "out", [], tmp_path / "again", terms=Terms(untie=True))
     untied = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert untied.output_projection.weight is not untied.biogpt.embed_tokens.weight
     torch.testing.assert_close(untied(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
