@@ -289,11 +289,9 @@ class Runner:
                 self.budget.release(node, size_of(holder.step))
             return
         holder.step = None
-        preempted = outcome.failure is not None and outcome.failure.type == PREEMPTED
-        broken = (
-            outcome.failure is not None and outcome.failure.lost_device
-        )  # no later step would get an answer from it
-        if preempted or broken or not outcome.pid:  # it was told to end, or nobody was left to sign it
+        failure = outcome.failure
+        # It was told to end, or its GPU would answer no later step, or nobody was left to sign the outcome.
+        if not outcome.pid or (failure and (failure.type == PREEMPTED or failure.lost_device)):
             self._retire(holder)
 
     def _look_again(self) -> None:

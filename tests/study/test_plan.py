@@ -177,6 +177,12 @@ def test_a_given_patch_of_another_rank_than_its_refits_is_said():
     assert note == "task easy: a given patch of rank 8 is compared with refits of rank 2 and 4 (finetune.rank)"
 
 
+def test_float16_without_zero_is_refused_before_anything_is_spent():
+    with pytest.raises(SpecError, match="float16 needs a ZeRO stage of at least 1"):
+        plan("finetune.dtype=float16", "resources.finetune.zero=0")
+    assert plan("finetune.dtype=float16")
+
+
 def test_exports_have_their_size_and_refits_the_seed_of_their_update():
     found = plan("lineages.soft.seeds=[0, 7]", "export=[{arm: port, t: 1, task: easy}]")
     exports = [step for step in found.steps.values() if step.stage == "export"]
