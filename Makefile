@@ -134,7 +134,7 @@ quickstart: env
 
 # Tests that start clusters wait more than they compute: the others run beside them. Three lanes were tried twice: they
 # take as long, and starve a cluster that starts.
-CLUSTERS := $(filter-out %/test_watch.py,$(wildcard tests/engine/test_*.py)) tests/test_failures.py tests/test_main_job.py
+CLUSTERS := $(wildcard tests/engine/test_*.py) tests/test_failures.py tests/test_main_job.py
 
 test: env lint
 	@log=$$(mktemp)

@@ -135,9 +135,10 @@ def _newest_checkpoint(store, above):
     raise AssertionError(f"no checkpoint above optimizer step {above}")
 
 
-def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(world, tmp_path, finished):
-    """Ctrl-C, then `kill -9`, then the same command: all it publishes is what an undisturbed run publishes."""
-    store = tmp_path / "s"
+def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(tmp_path, finished):
+    """Ctrl-C, then `kill -9`, then the same command: all it publishes has the bits of an undisturbed run in another
+    store, whatever ran in a worker before."""
+    world, store = finished[0], tmp_path / "s"
     process = start("run", world, "--store", store, "--yes")
     lines_until(process, "corpus c")
     process.send_signal(signal.SIGINT)
@@ -156,7 +157,7 @@ def test_an_interrupted_run_says_so_and_a_killed_one_loses_nothing(world, tmp_pa
     portllm("run", world, "--store", store, "--yes")  # sweeps what a worker left that outlived its driver for a moment
     assert list((store / "attempts").iterdir()) == []
     ours, undisturbed = artifacts(store), artifacts(finished[1])
-    assert [path for path in ours if ours[path] != undisturbed.get(path)] == []
+    assert len(ours) > 20 and [path for path in ours if ours[path] != undisturbed.get(path)] == []
 
 
 def test_a_full_disk_fails_steps_and_the_same_command_continues(world, tmp_path):

@@ -27,6 +27,15 @@ _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<index>[0-9]{1,9})\.")
 HEADS = ("lm_head", "embed_out", "output_projection")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "tokens_embed", "w")
 """Of Llama, GPT-2, GPT-NeoX, BLOOM, InternLM, Mamba, GPT, CTRL and their like."""
+RENAMED = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "model.language_model."),
+    ("model.", "backbone."),
+    ("lm_head.", "embed_out."),
+)
+"""Prefixes in memory and in files, where transformers renames one to one on loading: Gemma 3 and Mistral 3 with their
+vision, Qwen3.5 with its vision read as a text model, Nemotron-H, GPT-NeoX."""
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; the others subtract from them."""
@@ -285,12 +294,15 @@ def stored_name(name: str, tensors: Mapping[str, TensorEntry]) -> str | None:
     """The stored tensor that a parameter is loaded from.
 
     A checkpoint of the bare model lacks the head model's prefix (`transformer.`, `model.`) on every name, and
-    transformers adds it on loading: so does this.
+    transformers adds it on loading: so does this. So do `RENAMED`'s prefixes.
     """
+    if name in tensors:
+        return name
     prefix, _, bare = name.partition(".")
-    if name not in tensors and bare in tensors and not any(other.startswith(f"{prefix}.") for other in tensors):
+    if bare in tensors and not any(other.startswith(f"{prefix}.") for other in tensors):
         return bare
-    return name if name in tensors else None
+    others = (stored + name.removeprefix(loaded) for loaded, stored in RENAMED if name.startswith(loaded))
+    return next((other for other in others if other in tensors), None)
 
 
 def check_fits(adapter: Adapter, tensors: Mapping[str, TensorEntry], tied: bool = False) -> list[Mismatch]:

@@ -258,17 +258,10 @@ def update_size(version: Source, base: Source) -> float:
 
 
 def _counterparts(version: Source, base: Source) -> dict[str, str | None]:
-    """θ₀'s tensor for each of θₜ; one of them may lack the head model's prefix (`formats.adapter.stored_name`)."""
-    firsts = {name.partition(".")[0] for name in base.tensors}
-    longer = {name.partition(".")[2]: name for name in base.tensors}
-
-    def of(name: str) -> str | None:
-        prefix, _, bare = name.partition(".")
-        if name in base.tensors:
-            return name
-        return bare if bare in base.tensors and prefix not in firsts else longer.get(name)
-
-    return {name: of(name) for name in version.tensors}
+    """θ₀'s tensor for each of θₜ; one of them may have the names that the other is loaded under
+    (`formats.adapter.stored_name`)."""
+    loaded = {stored_name(name, version.tensors): name for name in base.tensors}
+    return {name: stored_name(name, base.tensors) or loaded.get(name) for name in version.tensors}
 
 
 def _is_beside(name: str, source: Source) -> bool:

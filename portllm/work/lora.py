@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def attach(model: Any, lora: Lora, seed: int) -> Any:
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        exclude_modules=_beside_text(model) if lora.targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     seed_everything(seed)
@@ -48,6 +50,14 @@ def attach(model: Any, lora: Lora, seed: int) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise StageError(f"LoRA targets {lora.targets!r} do not fit `{model.config.model_type}`: {error}") from error
+
+
+def _beside_text(model: Any) -> str | None:
+    """A pattern of all that no token passes: what a model with vision or hearing has beside its decoder."""
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def go_on(model: Any, patch: Path) -> Any:

@@ -110,7 +110,7 @@ class Resident:
     @contextmanager
     def _merged(self, adapters: list[Applied]) -> Iterator[None]:
         changes = touched(adapters, self._tensors)
-        parameters = {name: self._parameter(changed[0].parameter) for name, changed in changes.items()}
+        parameters = {name: self._parameter(name) for name in changes}
         saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         try:
             for name, parameter in parameters.items():
@@ -123,20 +123,25 @@ class Resident:
             for parameter, W in saved:
                 parameter.data = W
 
+    @cached_property
+    def _loaded(self) -> dict[str, str]:
+        """Names in memory by names in the files."""
+        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return {stored: name for name in names if (stored := stored_name(name, self._tensors))}
+
     def _stored(self, parameter: torch.nn.Parameter, entry: TensorEntry) -> torch.Tensor:
         """The version's own bits of a weight: from memory where the model's dtype holds them, else from its file."""
         holds = parameter.dtype in (torch.float32, DTYPES[entry.dtype])
         return parameter.data if holds and parameter.device.type == "cpu" else read_tensor(entry)
 
-    def _parameter(self, name: str) -> torch.nn.Parameter:
-        """A parameter in memory, a tensor of its own."""
-        try:
-            parameter = self.model.get_parameter(name)
-        except AttributeError as error:
+    def _parameter(self, stored: str) -> torch.nn.Parameter:
+        """The parameter in memory that a stored tensor becomes, a tensor of its own."""
+        if stored not in self._loaded:
             raise ResolveError(
-                f"{self.path}: transformers loads no `{name}`: it renames or fuses this architecture's layers, and a "
+                f"{self.path}: transformers loads no `{stored}`: it renames or fuses this architecture's layers, and a "
                 "patch on them cannot be applied exactly yet"
-            ) from error
+            )
+        parameter = self.model.get_parameter(self._loaded[stored])
         shared = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is parameter]
         if len(shared) > 1:
             raise ResolveError(f"{self.path}: `{shared[0]}` and `{shared[1]}` are one weight; untie them to patch one")

@@ -12,7 +12,7 @@ MIXED = (
     + """
 resources: {finetune: {workers: 2}}
 tracking: {enabled: false}
-arms: [none, port]
+arms: [port]
 """
 )
 

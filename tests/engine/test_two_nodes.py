@@ -17,7 +17,7 @@ resources:
   finetune: {gpus: 1}
   evaluate: {gpus: 1}
 tracking: {enabled: false}
-arms: [none, port]
+arms: [port]
 """
 )
 

@@ -231,6 +231,24 @@ def test_a_bare_models_names_lack_the_prefix_of_the_whole() -> None:
     assert stored_name("transformer.h.0.c_attn.weight", both) is None
 
 
+@pytest.mark.parametrize(
+    ("loaded", "files"),
+    [
+        ("model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
+        ("lm_head", "language_model.lm_head"),
+        ("model.vision_tower.embeddings", "vision_tower.embeddings"),
+        ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("model.layers.0.mixer.in_proj", "backbone.layers.0.mixer.in_proj"),
+        ("lm_head", "embed_out"),
+    ],
+)
+def test_what_is_renamed_one_to_one_on_loading_is_found_under_its_stored_name(loaded: str, files: str) -> None:
+    name, there = f"{loaded}.weight", stored(**{files: (1,)})
+    assert stored_name(name, there) == f"{files}.weight"
+    assert stored_name(name, there | stored(**{loaded: (1,)})) == name
+    assert stored_name(name.replace("0", "1"), there) == (None if "0" in name else f"{files}.weight")
+
+
 def vector(length: int) -> np.ndarray:
     return np.ones(length, "f4")
 

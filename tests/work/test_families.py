@@ -1,5 +1,6 @@
 """The paper's model families at toy size: each updated both ways, patched, applied and evaluated by the stages."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from portllm.formats.adapter import read_adapter
 from portllm.study.recipes import Corpus, Evaluate, Finetune, Lora, Optimization, Requests, Text, Update
 from portllm.work.apply import apply
 from portllm.work.context import RunContext
@@ -15,9 +18,10 @@ from portllm.work.corpora import corpus
 from portllm.work.evaluate import evaluate
 from portllm.work.finetune import finetune
 from portllm.work.requests import requests
+from portllm.work.resident import Resident
 from portllm.work.update import update
 from portllm.work.versions import Versions, materialise
-from tests.toys import write_corpus, write_model, write_tasks
+from tests.toys import write_corpus, write_model, write_patch, write_tasks
 
 pytestmark = pytest.mark.real
 
@@ -30,6 +34,8 @@ SHAPE = {
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
 FAMILIES: dict[str, Any] = {
     "mistral": lambda words: transformers.MistralConfig(vocab_size=words, **SHAPE, sliding_window=16),
     "llama2": lambda words: transformers.LlamaConfig(vocab_size=words, **SHAPE | {"num_key_value_heads": 4}),
@@ -41,6 +47,15 @@ FAMILIES: dict[str, Any] = {
         vocab_size=words, **SHAPE, **WINDOWS, final_logit_softcapping=2.0, attn_logit_softcapping=1.0
     ),
     "gemma3": lambda words: transformers.Gemma3TextConfig(vocab_size=words, **SHAPE, **WINDOWS),
+    "gemma3 with vision": lambda words: transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(vocab_size=words, **SHAPE, **WINDOWS).to_dict(),
+        vision_config=VISION, mm_tokens_per_image=4,
+    ),
+    "qwen3.5 with vision": lambda words: transformers.Qwen3_5Config(
+        text_config=transformers.Qwen3_5TextConfig(vocab_size=words, **SHAPE).to_dict(),
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    ),
+    "gpt-neox": lambda words: transformers.GPTNeoXConfig(vocab_size=words, **SHAPE),
     "qwen2": lambda words: transformers.Qwen2Config(vocab_size=words, **SHAPE),
 }  # fmt: skip
 MOVES = Optimization(learning_rate=1e-2, batch=4, seed=1)
@@ -56,7 +71,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LONG = ("qwen3.5 with vision",)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in FAMILIES]
+)
 def test_a_family_is_updated_patched_applied_and_evaluated(family: str, world: Path, tmp_path: Path) -> None:
     run = RunContext(tmp_path / "scratch", Versions(), log=lambda line: None)
 
@@ -74,6 +94,7 @@ def test_a_family_is_updated_patched_applied_and_evaluated(family: str, world: P
         finetune, Finetune(Lora(2, 4), MOVES, steps=8), {"root": root, "examples": tmp_path / "examples"}, "old"
     )
     assert ported["loss_last"] < ported["loss_first"]
+    assert not any("vis" in module for module in read_adapter(tmp_path / "old").targets), "no token passes there"
 
     versions: dict[str, dict[str, Path]] = {"t0": {"root": root}}
     text = {"corpus": tmp_path / "corpus"}
@@ -94,10 +115,33 @@ def test_a_family_is_updated_patched_applied_and_evaluated(family: str, world: P
         assert one.equals(other)
 
 
+def test_a_patch_named_as_the_files_are_is_the_same_patch(world: Path, tmp_path: Path) -> None:
+    """transformers 4 wrote Gemma 3's names as they are stored; 5 loads them, and names patches, otherwise."""
+    root = write_root(tmp_path / "root", "gemma3 with vision", world / "tokenizer")
+    write_patch(tmp_path / "loaded", root)
+    shutil.copytree(tmp_path / "loaded", tmp_path / "stored")
+    file = tmp_path / "stored" / "adapter_model.safetensors"
+    renamed = {k.replace("model.language_model.", "language_model.model."): v for k, v in load_file(file).items()}
+    save_file({k: v for k, v in renamed.items() if "vision" not in k}, file)
+    resident = Resident(root, "float32")
+    name, stored = (
+        f"{prefix}.layers.1.mlp.up_proj.weight" for prefix in ("model.language_model", "language_model.model")
+    )
+    found = []
+    for patch in ("loaded", "stored"):
+        apply(root, [(tmp_path / patch, 1.0)], tmp_path / f"{patch}-applied")
+        found.append(load_file(tmp_path / f"{patch}-applied" / "model.safetensors")[stored])
+        with resident.applied([(tmp_path / patch, 1.0)]) as model:
+            found.append(model.get_parameter(name).detach().clone())
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert not torch.equal(found[0], resident.model.get_parameter(name))
+
+
 def write_root(out: Path, family: str, tokenizer: Path) -> Path:
     """A random model of a family with the toy tokenizer."""
     words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(FAMILIES[family](len(words))).save_pretrained(out)
+    kind = transformers.AutoModelForImageTextToText if "vision" in family else transformers.AutoModelForCausalLM
+    kind.from_config(FAMILIES[family](len(words))).save_pretrained(out)
     words.save_pretrained(out)
     return out
