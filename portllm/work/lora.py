@@ -41,7 +41,7 @@ def attach(model: Any, lora: Lora, seed: int) -> Any:
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        exclude_modules=_beside_text(model) if lora.targets == "all-linear" else None,
+        exclude_modules=_beside_text(model),
         task_type="CAUSAL_LM",
     )
     seed_everything(seed)
