@@ -20,7 +20,7 @@ _GATED = {"llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"
 
 def from_tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], storage: Dtype) -> Shape:
     """Shape of a model whose headers are known."""
-    outside = ("embed", "wte", "wpe", "lm_head", "norm")
+    outside = ("embed", "wte", "wpe", "lm_head", "norm", "vision", "visual", "audio", "multi_modal")
     linear = [
         (s[0], s[1])
         for name, s in shapes.items()
