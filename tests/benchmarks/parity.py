@@ -82,7 +82,7 @@ def hflm(model: Path, task: str, limit: int | None, shots: int | None) -> tuple[
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    words = transformers.AutoConfig.from_pretrained(model).vocab_size
+    words = transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size
     exact = "float64" if words > LARGE else None
     size = 32 if task not in CHOICES else 1 if words > LARGE else 8  # HFLM's float64 logits of 8 BoolQ rows are 12 GB
     lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=size, softmax_dtype=exact)
