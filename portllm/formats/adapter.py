@@ -31,11 +31,12 @@ RENAMED = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "model.language_model."),
+    ("model.", "language_model.model."),
     ("model.", "backbone."),
     ("lm_head.", "embed_out."),
 )
 """Prefixes in memory and in files, where transformers renames one to one on loading: Gemma 3 and Mistral 3 with their
-vision, Qwen3.5 with its vision read as a text model, Nemotron-H, GPT-NeoX."""
+vision, Qwen3.5 and Llama 4 with theirs read as text models, Nemotron-H, GPT-NeoX."""
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; the others subtract from them."""

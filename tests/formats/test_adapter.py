@@ -238,6 +238,7 @@ def test_a_bare_models_names_lack_the_prefix_of_the_whole() -> None:
         ("lm_head", "language_model.lm_head"),
         ("model.vision_tower.embeddings", "vision_tower.embeddings"),
         ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
         ("model.layers.0.mixer.in_proj", "backbone.layers.0.mixer.in_proj"),
         ("lm_head", "embed_out"),
     ],
