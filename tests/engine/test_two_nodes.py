@@ -100,6 +100,21 @@ def test_a_gang_of_four_spans_both_nodes(ran):
         assert len(nodes) == 4 and len(set(nodes)) == 2
 
 
+def test_nothing_that_holds_a_gpu_ran_beside_a_gang_of_all_of_them(ran):
+    _, tasks, _, _ = ran
+    ((begin, end),) = [(t["start_time_ms"], t["end_time_ms"]) for t in tasks if t["name"].startswith("update")]
+    others = [t for t in tasks if t["name"].startswith(("finetune", "evaluate"))]
+    assert others and not any(begin < t["start_time_ms"] < end for t in others)
+
+
+def test_steps_ran_at_once_in_different_processes(ran):
+    planned, tasks, _, _ = ran
+    labels = {step["label"] for step in planned["steps"]}
+    spans = sorted((t["start_time_ms"], t["end_time_ms"], t["worker_pid"]) for t in tasks if t["name"] in labels)
+    assert len(spans) == len(labels)
+    assert any(b[0] < a[1] and a[2] != b[2] for i, a in enumerate(spans) for b in spans[i + 1 :])
+
+
 @pytest.mark.long
 def test_a_gang_whose_node_is_lost_waits_for_none_and_goes_on_once_there_is_another(tmp_path):
     study = write_world(tmp_path / "w", STUDY + "tracking: {enabled: false}\n")
