@@ -229,8 +229,6 @@ class Head:
 
 def _possible_factors(config: Any) -> list[float]:
     """1, and what a configuration's numbers may mean for the logits."""
-    values = [getattr(config, name, None) for name in _FACTORS]
-    numbers = [
-        float(value) for value in values if isinstance(value, int | float) and value
-    ]  # MPT may have a word there
+    values = [getattr(config, name, None) for name in _FACTORS]  # MPT may have a word there
+    numbers = [float(value) for value in values if isinstance(value, int | float) and value]
     return list(dict.fromkeys([1.0, *(factor for value in numbers for factor in (value, 1 / value))]))

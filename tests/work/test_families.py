@@ -73,11 +73,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-LONG = ("qwen3.5 with vision",)
-
-
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in FAMILIES]
+    "family", [pytest.param(name, marks=[pytest.mark.long] if "qwen3.5" in name else []) for name in FAMILIES]
 )
 def test_a_family_is_updated_patched_applied_and_evaluated(family: str, world: Path, tmp_path: Path) -> None:
     run = RunContext(tmp_path / "scratch", Versions(), log=lambda line: None)
