@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portllm.errors import ResolveError
-from portllm.formats.lmeval_build import Task, TaskSource, build, data_directory, file_of, quiet
+from portllm.formats.lmeval_build import FirstDocument, Task, TaskSource, build, data_directory, file_of, quiet
 from portllm.formats.lmeval_generation import new_tokens
 from portllm.formats.lmeval_groups import Group, expand, members
 from portllm.formats.lmeval_index import cache_dir, definition_digest, locate, merged_config
@@ -247,7 +247,7 @@ def check(source: TaskSource, training: bool = False) -> TaskFacts:
     label outside the choices, an empty split, more few-shot examples than documents to draw them from; and for
     generation that is not greedy. A task without training documents has `training` 0.
     """
-    task = build(source)
+    task = _built(source)
     evaluated, trained = documents(task), training_documents(task)
     if not evaluated:
         raise ResolveError(f"task `{source.name}`: {file_of(source, False)} holds no documents")
@@ -255,6 +255,17 @@ def check(source: TaskSource, training: bool = False) -> TaskFacts:
         for rows in _to_check(task, source, evaluated, trained if training else []):
             _check_rows(task, source.name, rows)
         return _facts(task, source, evaluated, len(trained))
+
+
+def _built(source: TaskSource) -> Task:
+    """The task. Raises ResolveError as `build` does; for a first document as for any other that cannot be read."""
+    try:
+        return build(source)
+    except FirstDocument as error:
+        with quiet():
+            first = _Rows(documents(error.task, 1), file_of(source, False), of_request(error.task))
+            _check_rows(error.task, source.name, first)
+        raise
 
 
 def _to_check(task: Task, source: TaskSource, evaluated: list[Any], trained: list[Any]) -> Iterator[_Rows]:
@@ -359,13 +370,34 @@ def _make(task: Task, doc: dict[str, Any], read: Reading) -> None:
 
 def _why(task: Task, doc: dict[str, Any], read: Reading, error: Exception) -> str:
     undefined = re.match(r"'([^']+)' is undefined", str(error))
-    column = str(error.args[0]) if isinstance(error, KeyError) and error.args else undefined[1] if undefined else ""
-    if not column:
+    column = undefined[1] if undefined else _read_last(task, doc, read)
+    if column is None:
         return f"{type(error).__name__}: {error}, and {_columns(task, read)} needs it"
-    held = next((k for k, v in doc.items() if str(v) == column), None)
-    if held is not None:  # a function looked a label up
-        return f"column `{held}` holds {column!r}, which is none of the choices"
-    return f"there is no column `{column}`, which a template reads; there are {', '.join(map(str, doc))}"
+    if column not in doc:
+        return f"there is no column `{column}`, which a template reads; there are {', '.join(map(str, doc))}"
+    wrong = "which is none of the choices" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+    return f"column `{column}` holds {repr(doc[column])[:200]}, {wrong}"
+
+
+class _Watched(dict[str, Any]):
+    """A document that knows which of its columns a function read last."""
+
+    last: str | None = None
+
+    def __getitem__(self, column: str) -> Any:
+        self.last = column
+        return super().__getitem__(column)
+
+
+def _read_last(task: Task, doc: dict[str, Any], read: Reading) -> str | None:
+    """The column that a function of the task read before it raised; None where no function did."""
+    for what in (read.asked, read.answer, read.choices):
+        watched = _Watched(doc)
+        try:
+            what(task, watched)
+        except Exception:
+            return watched.last
+    return None
 
 
 def _target(task: Task, read: Reading) -> Any:
@@ -385,6 +417,7 @@ def _to_look_at(task: Task, rows: _Rows) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def _check_answer(task: Task, doc: dict[str, Any], read: Reading) -> None:
+    read.asked(task, doc)  # first, as lm-eval does: where the text is the answer, a function looks it up there
     own = read.target == task.config.doc_to_target
     if own and task.OUTPUT_TYPE == "multiple_choice":
         gold_choices(task, doc, read)

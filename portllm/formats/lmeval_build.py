@@ -47,6 +47,15 @@ class TaskSource:
     """None is the task's own default."""
 
 
+class FirstDocument(ResolveError):
+    """lm-eval reads a task's first document while it makes the task, and could not read this one's."""
+
+    def __init__(self, message: str, task: Task) -> None:
+        super().__init__(message)
+        self.task = task
+        """Made but for that."""
+
+
 def build(source: TaskSource) -> Task:
     """The lm-eval task over its data, few-shot count and seed set as `simple_evaluate` sets them.
 
@@ -64,7 +73,7 @@ def build(source: TaskSource) -> Task:
         deque(local_data({"task": source.name, **written}), maxlen=0)  # raises for data that are not there
     with quiet():
         try:
-            task = _construct(_config(path, source))
+            task = _construct(_config(path, source), source)
         except PortllmError:
             raise
         except Exception as error:
@@ -115,8 +124,8 @@ def _refuse(config: dict[str, Any], source: TaskSource) -> None:
         raise ResolveError(f"task `{source.name}` is a Python class that fetches its own data: it cannot have others")
 
 
-def _construct(config: dict[str, Any]) -> Task:
-    """As lm-eval's TaskFactory does."""
+def _construct(config: dict[str, Any], source: TaskSource) -> Task:
+    """As lm-eval's TaskFactory does. Raises FirstDocument, and whatever else lm-eval raises."""
     from datasets import disable_progress_bars
     from lm_eval.api.task import ConfigurableTask
 
@@ -125,7 +134,14 @@ def _construct(config: dict[str, Any]) -> Task:
         disable_progress_bars()
     cls = config.get("class")
     if cls is None:
-        return ConfigurableTask(config=config)
+        task = ConfigurableTask.__new__(ConfigurableTask)
+        try:
+            ConfigurableTask.__init__(task, config=config)
+        except Exception as error:
+            if hasattr(task, "multiple_input"):  # set right before the document is read
+                raise FirstDocument(_why(source, error), task) from error
+            raise
+        return task
     task = cls(config=config) if "config" in inspect.signature(cls.__init__).parameters else cls()
     task.set_config("task", config["task"])
     return task
@@ -197,7 +213,7 @@ def _why(source: TaskSource, error: Exception) -> str:
         return (f"{name}: its data set cannot be read from the hub ({type(error).__name__}: {error}); go online, or "
                 f"put train.parquet and validation.parquet under data_root/{source.name}")  # fmt: skip
     if isinstance(error, IndexError):  # lm-eval looks the first document's label up among the choices
-        return f"{name}: {file_of(source, False)}, document 0: its label is none of the choices"
+        return f"{name}: {file_of(source, False)}, document 0: its label is none of the choices, or a choice is empty"
     return f"{name} cannot be built: {type(error).__name__}: {error}"
 
 

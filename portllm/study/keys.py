@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "requests": 1,
     "update": 5,
     "finetune": 5,
-    "evaluate": 6,
+    "evaluate": 7,
     "export": 1,
     "diagnose": 1,
 }

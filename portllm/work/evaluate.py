@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         ("doc_id", pa.int64()),
         ("doc_hash", pa.string()),
         ("choice_loglikelihoods", pa.list_(pa.float64())),  # null for generated text
-        ("prediction", pa.string()),  # the likeliest choice's number; for generated text what the filter found in it
+        ("prediction", pa.string()),  # number of the choice it takes; for generated text what the filter found in it
         ("target", pa.string()),  # the right choice's number; for generated text the answer
         ("correct", pa.float64()),  # the primary metric of this document; null where it is not a number
         ("text", pa.string()),  # generated text, before any filter
@@ -143,7 +143,8 @@ def grade(task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, 
         for position, (doc, group, found) in enumerate(zip(documents, instances, each, strict=True)):
             about = {"doc_id": int(requests.doc_ids[position]), "doc_hash": requests.doc_hashes[position].decode()}
             correct = _number(found.get(primary[0]))
-            items.append({**about, **_item(task, doc, group, filter_name), "correct": correct, "filter": filter_name})
+            found_in = _item(task, doc, group, filter_name, primary[0])
+            items.append({**about, **found_in, "correct": correct, "filter": filter_name})
     return Graded([_metric(task, key, found, key == primary) for key, found in values.items()], items)
 
 
@@ -164,13 +165,13 @@ def _answered(
     return groups
 
 
-def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str) -> dict[str, Any]:
+def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str, metric: str) -> dict[str, Any]:
     answer = group[0].filtered_resps[filter_name]
     if task.OUTPUT_TYPE == "multiple_choice":
         scores = [float(instance.resps[0][0]) for instance in group]
-        choices = len(task.doc_to_choice(doc))
         gold = ",".join(map(str, lmeval.gold_choices(task, doc)))
-        return {"choice_loglikelihoods": scores, "prediction": str(int(np.argmax(scores[:choices]))), "target": gold}
+        taken = _taken(metric, np.array(scores), task.doc_to_choice(doc))
+        return {"choice_loglikelihoods": scores, "prediction": str(taken), "target": gold}
     if group[0].request_type == "loglikelihood_rolling":
         return {"choice_loglikelihoods": [float(answer)]}
     if group[0].request_type == "loglikelihood":
@@ -178,6 +179,19 @@ def _item(task: Any, doc: dict[str, Any], group: Sequence[Any], filter_name: str
         alone = {"prediction": str(bool(answer[1])), "target": "True"} if len(group) == 1 else {}
         return {"choice_loglikelihoods": scores, **alone}
     return {"prediction": str(answer), "target": str(task.doc_to_target(doc)), "text": str(group[0].resps[0])}
+
+
+def _taken(metric: str, scores: np.ndarray, choices: Sequence[str]) -> int:
+    """The choice that a metric of lm-eval's takes: by likelihood, a character's or byte's share of it, or what it gains
+    over no question at all (`ConfigurableTask.process_results`)."""
+    likely = scores[: len(choices)]
+    if metric == "acc_norm":
+        likely = likely / [float(len(choice)) for choice in choices]
+    elif metric == "acc_bytes":
+        likely = likely / [float(len(choice.encode())) for choice in choices]
+    elif metric == "acc_mutual_info":
+        likely = likely - scores[len(choices) :]
+    return int(np.argmax(likely))
 
 
 def _metric(task: Any, key: tuple[str, str], values: list[Any], primary: bool) -> dict[str, Any]:

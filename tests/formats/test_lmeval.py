@@ -206,11 +206,15 @@ def test_a_task_without_train_parquet_can_be_evaluated_and_not_trained_on(tmp_pa
     ("validation", "message"),
     [
         ([], r"validation.parquet holds no rows"),
-        ([{"text": "a", "label": 1}], r"validation.parquet has no column `sentence`"),
+        (
+            [{"text": "a", "label": 1}],
+            r"validation.parquet, document 0: there is no column `sentence`.*there are text, label",
+        ),
         ([{"sentence": "a", "class": 1}], r"validation.parquet has no column `label`, which doc_to_target reads"),
         ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 2}], "document 1: column `label` holds 2"),
         ([{"sentence": "a", "label": -1}], r"document 0: column `label` holds -1"),
         ([{"sentence": "a", "label": "maybe"}], r"column `label` holds 'maybe', which is none of the choices \['neg"),
+        ([{"sentence": "a", "label": 2}], r"document 0: column `label` holds 2, which is none of the choices \['neg"),
     ],
 )
 def test_malformed_data_name_task_file_and_column(tmp_path, validation, message):
@@ -219,6 +223,23 @@ def test_malformed_data_name_task_file_and_column(tmp_path, validation, message)
     pq.write_table(pa.Table.from_pylist(validation, schema=schema), tmp_path / "validation.parquet")
     with pytest.raises(ResolveError, match="`sst2`.*" + message):
         lmeval.check(TaskSource("sst2", data=tmp_path))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"answer": "3"}, r"column `answer` holds '3', which is none of the choices"),
+        ({"answer": ""}, r"column `answer` holds '', which is none of the choices"),
+        ({"sentence": "no gap"}, r"column `sentence` holds 'no gap', ValueError: substring not found"),
+    ],
+)
+def test_what_a_function_cannot_take_names_its_column(tmp_path, row, wrong, message):
+    fine = {"sentence": "Ann saw Eve because _ was near.", "option1": "Ann", "option2": "Eve", "answer": "1"}
+    rows = [fine, fine]
+    rows[row] = fine | wrong
+    with pytest.raises(ResolveError, match=rf"`winogrande`: .*validation\.parquet, document {row}: {message}"):
+        lmeval.check(TaskSource("winogrande", data=data(tmp_path, None, rows)))
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,25 @@ def test_items_are_graded_by_the_metric_that_a_task_names_itself(world, run, tmp
     assert np.mean([row["correct"] for row in items(tmp_path)]) == pytest.approx(found[0]["value"])
 
 
+@pytest.mark.parametrize(
+    ("metric", "choices"),
+    [
+        ("acc_norm", ["bad", "very good indeed"]),
+        ("acc_bytes", ["bad", "very good indeed"]),
+        ("acc_mutual_info", ["good", "bad"]),
+    ],
+)
+def test_a_prediction_is_the_choice_that_the_primary_metric_takes(world, run, tmp_path, metric, choices):
+    config = yaml.safe_load((world / "tasks" / "mood.yaml").read_text())
+    config |= {"metric_list": [{"metric": metric}], "doc_to_choice": choices}
+    (tmp_path / "mood.yaml").write_text(yaml.safe_dump(config))
+    cell(run, tmp_path, world / "model", "mood", toy(world) | {"definition": tmp_path})
+    rows = items(tmp_path)
+    assert all((row["prediction"] == row["target"]) == bool(row["correct"]) for row in rows)
+    likeliest = [str(np.argmax(row["choice_loglikelihoods"][:2])) for row in rows]
+    assert likeliest != [row["prediction"] for row in rows]
+
+
 def test_a_single_document_has_no_standard_error(world, run, tmp_path):
     metric = cell(run, tmp_path, world / "model", "mood", toy(world), limit=1)["metrics"][0]
     assert metric["value"] in (0.0, 1.0) and metric["stderr"] is None

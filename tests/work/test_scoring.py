@@ -13,7 +13,7 @@ from portllm.errors import StageError
 from portllm.work import head
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
-from portllm.work.scoring import batches, loglikelihoods, plan_families, plan_rows, rope_turn
+from portllm.work.scoring import HELD, batches, loglikelihoods, plan_families, plan_rows, rope_turn
 from tests.work.toy_requests import VOCABULARY, at_most, drawn, request_set, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +112,13 @@ def test_a_batch_stays_within_the_budget_and_never_is_empty():
     assert list(chain.from_iterable(made)) == lengths
     assert all(len(batch) * batch[0] <= 100 or len(batch) == 1 for batch in made)
     assert all(len(lengths[batch]) == 1 for batch in batches(lengths, budget=1))
+
+
+def test_what_rows_go_on_from_is_bounded_too():
+    made = list(batches([10] * 500, budget=1000, behind=990))
+    assert max(batch.stop - batch.start for batch in made) * (990 + 10) == HELD * 1000
+    assert list(batches([10] * 500, budget=1000, behind=10)) == list(batches([10] * 500, budget=1000))
+    assert all(batch.stop - batch.start == 1 for batch in batches([10] * 3, budget=1000, behind=10**6))
 
 
 def choices(count: int = 8, header: int = 0) -> tuple[RequestSet, list[tuple[list[int], list[int]]]]:
@@ -213,6 +220,21 @@ def test_a_header_that_memory_does_not_hold_is_given_up(monkeypatch):
     apart = loglikelihoods(model, found, 200)
     assert refused == [(1, 40)] and (whole.halved, apart.halved) == (0, 1)
     np.testing.assert_allclose(apart.loglikelihoods, whole.loglikelihoods, atol=1e-4, rtol=0)
+
+
+def test_keys_and_values_fill_a_few_budgets_at_most(monkeypatch):
+    model, (found, pairs) = tiny("llama"), choices(header=50)
+    forward, held = body(model).forward, []
+
+    def watched(*arguments, **named):
+        if named.get("attention_mask") is not None:
+            held.append(named["attention_mask"].numel())
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(body(model), "forward", watched)
+    few = loglikelihoods(model, found, 10)
+    assert 0 < max(held) <= HELD * 10 < 8 * 50  # all eight documents at once would hold more
+    np.testing.assert_allclose(few.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
 
 
 def test_what_is_done_is_told_batch_by_batch():
