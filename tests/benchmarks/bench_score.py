@@ -1,9 +1,10 @@
 """`make bench-score`: requests scored by this tool and by lm-eval's HFLM, one process, same threads, side by side.
 
-HFLM runs at each of several batch sizes and counts at its best; both take turns, medians count. The bound is the time
-of the bare forward pass (no head) over the distinct inputs, without padding: it can be passed where inputs share their
-beginnings, and because the last layer runs only where it is read. `grid` compares one version × five patches × three
-tasks with fifteen `lm_eval run` processes.
+HFLM runs at each of several batch sizes and at `auto`, and counts at its best; both take turns, medians count. The
+bound is the time of the bare forward pass (no head, no padding) over as many tokens as the distinct inputs have, those
+of a generated text included: it can be passed where inputs share their beginnings, and because the last layer runs only
+where it is read. Each line is measured in a process of its own, so that no memory of another counts. `--grid` compares
+one version × five patches × three tasks with fifteen `lm_eval run` processes.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,39 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from portllm.formats import lmeval
 from portllm.lm import ScorerLM
 from portllm.work.head import body
+from tests.benchmarks.bench_apply import ALL, apart, make_patch
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-BATCHES = (1, 8, 16, 32, 64)
+BATCHES = (1, 8, 16, 32, 64, "auto")
 MEMORY = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 """Bytes that HFLM's logits may take: larger batches are left out."""
-SHAPES = {
-    "15M, 32k vocabulary": (256, 768, 8, 32_000),
-    "60M, 128k vocabulary": (384, 1152, 6, 128_000),
-}
-"""Hidden size, inner size, layers, vocabulary: random weights do for speed."""
+HOME = DATA / "models" / "home-12M"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how many documents of each task are scored."""
+
+    name: str
+    tasks: Mapping[str, int]
+    shape: tuple[int, ...] = ()
+    """Hidden size, inner size, layers, vocabulary of random weights, which do for speed; else a directory's are read.
+    """
+    dtype: str = "float32"
+
+    @property
+    def is_gemma(self) -> bool:
+        return self.name.startswith("Gemma")
+
+
+SMALL = {"sst2": 100, "winogrande": 100, "boolq": 100, "gsm8k": 16}
+CASES = (
+    Case("home-12M, 8k vocabulary", SMALL),
+    Case("15M, 32k vocabulary", SMALL, (256, 768, 8, 32_000)),
+    Case("60M, 128k vocabulary", SMALL, (384, 1152, 6, 128_000)),
+    Case("Gemma 3 270M, 262k", {"sst2": 100, "winogrande": 100, "boolq": 64}),
+    Case("Gemma 3 270M, 262k, bfloat16", {"sst2": 100, "winogrande": 100, "boolq": 64, "gsm8k": 8}, dtype="bfloat16"),
+)
 
 
 def random_model(shape: tuple[int, ...]) -> Any:
@@ -52,17 +78,10 @@ def random_model(shape: tuple[int, ...]) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def models(gemma: Path | None, dtype: str) -> dict[str, tuple[Callable[[], Any], Path]]:
-    """Name → (how to make it, where its tokenizer lies)."""
-    home = DATA / "models" / "home-12M"
-    found: dict[str, tuple[Callable[[], Any], Path]] = {
-        "home-12M, 8k vocabulary": (lambda: AutoModelForCausalLM.from_pretrained(home, dtype=dtype), home)
-    }
-    for name, shape in SHAPES.items():
-        found[name] = (lambda shape=shape: random_model(shape).to(getattr(torch, dtype)), home)
-    if gemma is not None:
-        found["Gemma 3 270M, 262k"] = (lambda: AutoModelForCausalLM.from_pretrained(gemma, dtype=dtype), gemma)
-    return found
+def load(case: Case, where: Path) -> Any:
+    if case.shape:
+        return random_model(case.shape)
+    return AutoModelForCausalLM.from_pretrained(where, dtype=case.dtype)
 
 
 def requests(task: str, limit: int) -> tuple[list[Any], int, str]:
@@ -82,13 +101,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any, float]:
     return seconds, found, int(peak.split()[1]) / 1e6
 
 
-def bare(model: Any, inputs: set[tuple[int, ...]]) -> float:
-    """Seconds of the body alone over as many tokens, in full rows of the inputs' mean length."""
-    length = round(statistics.mean(map(len, inputs)))
+def bare(model: Any, tokens: int, inputs: int) -> float:
+    """Seconds of the body alone over so many tokens, in full rows of the inputs' mean length."""
+    length = round(tokens / inputs)
     ids_BS = torch.randint(5, 1000, (max(1, 2048 // length), length))
     with torch.inference_mode():
         runs = [timed(lambda: body(model)(input_ids=ids_BS, use_cache=False))[0] for _ in range(8)]
-    return statistics.median(runs[1:]) * sum(map(len, inputs)) / ids_BS.numel()
+    return statistics.median(runs[1:]) * tokens / ids_BS.numel()
 
 
 def rounds(arms: dict[Any, Callable[[], Any]]) -> dict[Any, tuple[float, Any, float]]:
@@ -104,50 +123,63 @@ def rounds(arms: dict[Any, Callable[[], Any]]) -> dict[Any, tuple[float, Any, fl
     }
 
 
-def compare(name: str, make: Callable[[], Any], where: Path, task: str, limit: int) -> dict[str, Any]:
-    model, tokenizer = make(), AutoTokenizer.from_pretrained(where)
-    flat, documents, kind = requests(task, limit)
-    call = "generate_until" if kind == "generate_until" else "loglikelihood"
+def hflms(model: Any, tokenizer: Any, longest: int, window: int) -> dict[Any, HFLM]:
+    """HFLM by batch size: those whose logits, and their log-softmax beside them, fit into memory.
+
+    `auto` begins with 64 rows of the longest request, `window` tokens where texts are generated, and on a CPU stays
+    there: nothing tells it that memory ends.
+    """
+    rows = {size: 64 * window if size == "auto" else size * longest for size in BATCHES}
+    return {
+        size: HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=model.config.max_position_embeddings
+        )
+        for size, tokens in rows.items()
+        if 2 * tokens * model.config.vocab_size * 4 <= MEMORY
+    }
+
+
+def compare(case: Case, where: Path, task: str, limit: int | None) -> None:
+    """Prints the line of one task."""
+    prepare()
+    model, tokenizer = load(case, where), AutoTokenizer.from_pretrained(where)
+    flat, documents, kind = requests(task, min(case.tasks[task], limit or case.tasks[task]))
+    generates = kind == "generate_until"
+    call = "generate_until" if generates else "loglikelihood"
     ours = ScorerLM(model, tokenizer)
     getattr(ours, call)(flat[:8])
     arms = {0: lambda: getattr(ours, call)(flat)}
-    longest = max(map(len, tokenizer([request.args[0] for request in flat])["input_ids"]))
-    for size in BATCHES:
-        # HFLM holds the logits of a batch, and their log-softmax beside them.
-        if 2 * size * longest * model.config.vocab_size * 4 > MEMORY:
-            continue
-        theirs = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=model.config.max_position_embeddings
-        )
-        arms[size] = lambda theirs=theirs: getattr(theirs, call)(flat, disable_tqdm=True)
-    found = rounds(arms)
-    seconds, answers, peak = found.pop(0)
-    size, best = min(found.items(), key=lambda arm: arm[1][0])
-    inputs = set()
-    if call == "loglikelihood":
-        inputs = {tuple(ids[:-1]) for ids, _ in ours.encoder.pairs([request.args[:2] for request in flat])}
-        worst = max(abs(a[0] - b[0]) for a, b in zip(answers, best[1], strict=True))
-    else:
-        worst = float(sum(a != b for a, b in zip(answers, best[1], strict=True)))
-    return {
-        "model": name, "task": task, "documents": documents, "ours": documents / seconds, "hflm": documents / best[0],
-        "batch": size, "ratio": best[0] / seconds, "bound": documents / bare(model, inputs) if inputs else float("nan"),
-        "peak": peak, "hflm_peak": best[2], "difference": worst,
-    }  # fmt: skip
-
-
-def line(found: dict[str, Any]) -> str:
-    return (
-        f"| {found['model']} | {found['task']} ({found['documents']}) | {found['hflm']:.1f} (batch {found['batch']}) | "
-        f"{found['ours']:.1f} | {found['ratio']:.1f} | {found['bound']:.1f} | {found['peak']:.2f}, "
-        f"{found['hflm_peak']:.2f} | {found['difference']:.0e} |"
+    longest = max(
+        map(len, tokenizer(["".join(request.args[: 1 if generates else 2]) for request in flat])["input_ids"])
     )
+    window = model.config.max_position_embeddings if generates else longest
+    for size, theirs in hflms(model, tokenizer, longest, window).items():
+        arms[size] = lambda theirs=theirs: getattr(theirs, call)(flat, disable_tqdm=True)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # HFLM prints what it finds at `auto`
+        found = rounds(arms)
+    seconds, answers, peak = found.pop(0)
+    size, (best, theirs, their_peak) = min(found.items(), key=lambda arm: arm[1][0])
+    if generates:
+        asked = tokenizer([request.args[0] + answer for request, answer in zip(flat, answers, strict=True)])
+        inputs = {tuple(ids) for ids in asked["input_ids"]}
+        difference = f"{sum(a != b for a, b in zip(answers, theirs, strict=True))} texts"
+    else:
+        inputs = {tuple(ids[:-1]) for ids, _ in ours.encoder.pairs([request.args[:2] for request in flat])}
+        difference = f"{max(abs(a[0] - b[0]) for a, b in zip(answers, theirs, strict=True)):.0e}"
+    bound = bare(model, sum(map(len, inputs)), len(inputs))
+    others = ", ".join(f"{name} {documents / arm[0]:.1f}" for name, arm in found.items() if name != size)
+    print(f"| {case.name} | {task} ({documents}) | {documents / best:.1f} ({size}; {others}) "
+          f"| {documents / seconds:.1f} | {best / seconds:.1f} | {documents / bound:.1f} "
+          f"| {peak:.2f}, {their_peak:.2f} | {difference} |", flush=True)  # fmt: skip
+
+
+def prepare() -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def grid(model: Path, limit: int) -> str:
     """One version × five patches × three tasks, by `portllm evaluate` and by fifteen processes of lm-eval."""
-    from tests.benchmarks.bench_apply import ALL, apart, make_patch
-
     tasks = ("sst2", "rte", "mrpc")
     with tempfile.TemporaryDirectory() as folder:
         patches = [Path(folder) / f"patch{number}" for number in range(5)]
@@ -190,27 +222,22 @@ def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--texts", type=int, default=32, help="documents of a task that generates")
-    parser.add_argument("--tasks", default="sst2,boolq,winogrande,gsm8k")
+    parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory; left out without it")
+    parser.add_argument("--limit", type=int, help="documents of a task at most")
+    parser.add_argument("--tasks", default="sst2,winogrande,boolq,gsm8k")
     parser.add_argument("--models", default="", help="substring of the models' names")
     parser.add_argument("--grid", action="store_true")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if arguments.grid:
         print("| 1 version × 5 patches × 3 tasks | 15 × lm_eval run | portllm evaluate | ratio |\n|---|---|---|---|")
-        print(grid(arguments.gemma or DATA / "models" / "home-12M", arguments.limit))
+        print(grid(arguments.gemma or HOME, arguments.limit or 100))
         return
-    print("| model | task (documents) | HFLM, items/s | ours | ratio | bound | peak GB, HFLM's | largest difference |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name, (make, where) in models(arguments.gemma, arguments.dtype).items():
-        for task in arguments.tasks.split(","):
-            if arguments.models in name:
-                limit = arguments.texts if task == "gsm8k" else arguments.limit
-                print(line(compare(name, make, where, task, limit)), flush=True)
+    print("| model | task (documents) | HFLM, documents/s (batch) | portllm | ratio | bare forward pass | peak GB, "
+          "HFLM's | largest difference |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    for case in CASES:
+        if arguments.models in case.name and (arguments.gemma or not case.is_gemma):
+            for task in [task for task in case.tasks if task in arguments.tasks.split(",")]:
+                apart(compare, case, arguments.gemma if case.is_gemma else HOME, task, arguments.limit)
 
 
 if __name__ == "__main__":
