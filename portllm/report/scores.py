@@ -64,7 +64,7 @@ def score_notes(found: Sequence[Summed], num_fewshot: int | None = None) -> Iter
     for scored in found:
         cell = f"{scored.task}{f' with {scored.patch}' if scored.patch else ''}"
         if cut := scored.summary.get("truncated"):
-            yield f"note: {cell}: {cut} prompts were cut from the left to fit the model's window"
+            yield f"note: {cell}: {cut} requests were cut from the left to fit the model's window"
         if halved := scored.summary.get("halved"):
             yield f"note: {cell}: memory ran out {halved} times, and less was done at once"
 

@@ -207,7 +207,7 @@ def test_prompts_that_were_cut_are_said(world: Path, tmp_path: Path, capsys: pyt
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
     ended(world, "--model", short, "--tasks", "mood", "--json")
-    assert "prompts were cut from the left to fit the model's window" in capsys.readouterr().err
+    assert "requests were cut from the left to fit the model's window" in capsys.readouterr().err
 
 
 def test_a_cell_that_fails_is_named_and_does_not_stop_the_others(
