@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         ("doc_id", pa.int64()),
         ("doc_hash", pa.string()),
         ("choice_loglikelihoods", pa.list_(pa.float64())),  # null for generated text
-        ("prediction", pa.string()),  # number of the choice it takes; for generated text what the filter found in it
+        ("prediction", pa.string()),  # the choice the primary metric takes; for generated text what the filter found
         ("target", pa.string()),  # the right choice's number; for generated text the answer
         ("correct", pa.float64()),  # the primary metric of this document; null where it is not a number
         ("text", pa.string()),  # generated text, before any filter
@@ -143,8 +143,8 @@ def grade(task: Any, documents: Sequence[dict[str, Any]], requests: RequestSet, 
         for position, (doc, group, found) in enumerate(zip(documents, instances, each, strict=True)):
             about = {"doc_id": int(requests.doc_ids[position]), "doc_hash": requests.doc_hashes[position].decode()}
             correct = _number(found.get(primary[0]))
-            found_in = _item(task, doc, group, filter_name, primary[0])
-            items.append({**about, **found_in, "correct": correct, "filter": filter_name})
+            item = _item(task, doc, group, filter_name, primary[0])
+            items.append({**about, **item, "correct": correct, "filter": filter_name})
     return Graded([_metric(task, key, found, key == primary) for key, found in values.items()], items)
 
 

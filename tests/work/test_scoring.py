@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from portllm.errors import StageError
-from portllm.work import head
+from portllm.work import head, scoring
 from portllm.work.head import Head, body
 from portllm.work.requests import RequestSet
 from portllm.work.scoring import HELD, batches, loglikelihoods, plan_families, plan_rows, rope_turn
@@ -232,8 +232,12 @@ def test_keys_and_values_fill_a_few_budgets_at_most(monkeypatch):
         return forward(*arguments, **named)
 
     monkeypatch.setattr(body(model), "forward", watched)
-    few = loglikelihoods(model, found, 10)
-    assert 0 < max(held) <= HELD * 10 < 8 * 50  # all eight documents at once would hold more
+    loglikelihoods(model, found, 32)
+    assert max(held) > 4 * 32
+    held.clear()
+    monkeypatch.setattr(scoring, "HELD", 4)
+    few = loglikelihoods(model, found, 32)
+    assert 2 * 50 < max(held) <= 4 * 32
     np.testing.assert_allclose(few.loglikelihoods, plain(model, pairs)[0], atol=1e-4, rtol=0)
 
 
