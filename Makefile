@@ -3,7 +3,7 @@
 # make test        env, lint, types, tests (what CI runs)
 # make test-long  the tests that take minutes each
 # make bench-apply patches applied by copying, by portllm and by PEFT, side by side (7 GB of disk, minutes)
-# make bench-score requests scored by this tool and by lm-eval's HFLM, side by side (GEMMA_DIR=… adds Gemma; half an hour)
+# make bench-score requests scored by this tool and by lm-eval's HFLM, side by side (GEMMA_DIR=… adds Gemma; 50 minutes, with Gemma 82)
 # make bench-train trainings by this tool and by transformers.Trainer, side by side (GEMMA_DIR=… adds Gemma; half an hour)
 # make bench-gpu   training and applying at Mistral 7B's shape on one GPU, without Ray (8 minutes; 40 GB of disk)
 # make parity      every score, choice and text beside HFLM's on whole validation sets (GEMMA_DIR=… adds Gemma; hours)
@@ -166,7 +166,7 @@ SCORED := $(if $(GEMMA_DIR),--gemma $(GEMMA_DIR),)
 
 bench-score: env
 	@$(PY) -m tests.benchmarks.bench_score $(SCORED)
-	$(PY) -m tests.benchmarks.bench_score $(SCORED) --grid
+	$(PY) -m tests.benchmarks.bench_score --grid
 
 bench-gpu: env
 	@$(PY) -m tests.gpu.mistral_7b
