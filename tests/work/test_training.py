@@ -1,11 +1,13 @@
 """The training loop: what decides its numbers, and what moves rounding only."""
 
 import contextlib
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,11 +256,28 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
+    """Losses of a training by one process from beginning to end, made once for each that is asked for."""
+
+    @functools.cache
+    def losses(trains: Any = "full", batch: int = 8, packed: bool = False) -> np.ndarray:
+        out = tmp_path_factory.mktemp("undisturbed")
+        toy.fit(out, Layout(), trains, batch, packed=packed)
+        return toy.losses(out)
+
+    return losses
+
+
+def asked(case: dict[str, Any]) -> dict[str, Any]:
+    """What decides a case's numbers."""
+    return {key: case[key] for key in ("trains", "batch", "packed") if key in case}
+
+
 @pytest.mark.parametrize("case", toy.CASES)
-def test_two_ranks_equal_one(case: str, two_ranks: Path, tmp_path: Path) -> None:
-    settings = toy.CASES[case]
-    toy.fit(tmp_path, **settings | {"layout": Layout()})
-    np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)
+def test_two_ranks_equal_one(case: str, two_ranks: Path, undisturbed: Callable[..., np.ndarray]) -> None:
+    expected = undisturbed(**asked(toy.CASES[case]))
+    np.testing.assert_allclose(toy.losses(two_ranks / case), expected, atol=1e-4, rtol=0)
     ledger = json.loads((two_ranks / case / "ledger.rank0.json").read_text())
     assert ledger["world"] == 2
     assert ledger["zero"] == (int(case[4]) if case.startswith("zero") else 3)
@@ -419,7 +438,9 @@ def test_nothing_of_zero_3_is_left_in_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", toy.RESUMED)
-def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: Path, tmp_path: Path) -> None:
+def test_a_training_goes_on_with_another_number_of_ranks(
+    case: str, two_ranks: Path, undisturbed: Callable[..., np.ndarray]
+) -> None:
     settings = toy.RESUMED[case]
     if settings["then"] == 1:
         only = {key: value for key, value in settings.items() if key not in ("begun", "then")}
@@ -433,8 +454,7 @@ def test_a_training_goes_on_with_another_number_of_ranks(case: str, two_ranks: P
     )
     assert ledger["earlier_s"] > 0
     assert ledger["earlier_rank_s"] == pytest.approx(settings["begun"] * ledger["earlier_s"], abs=0.01)
-    toy.fit(tmp_path, Layout(), settings.get("trains", "full"), settings.get("batch", 8))
-    np.testing.assert_allclose(toy.losses(two_ranks / case), toy.losses(tmp_path), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(toy.losses(two_ranks / case), undisturbed(**asked(settings)), atol=1e-4, rtol=0)
 
 
 def test_a_checkpoint_of_before_points_told_their_time_is_gone_on_from():
