@@ -184,15 +184,15 @@ def prepare() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-def grid(model: Path, limit: int) -> str:
-    """One version × five patches × three tasks, by `portllm evaluate` and by fifteen processes of lm-eval."""
+def grid(limit: int) -> str:
+    """home-12M: one version × five patches × three tasks, by `portllm evaluate` and by fifteen processes of lm-eval."""
     tasks = ("sst2", "rte", "mrpc")
     with tempfile.TemporaryDirectory() as folder:
         patches = [Path(folder) / f"patch{number}" for number in range(5)]
         for patch in patches:
-            apart(make_patch, patch, model, ALL)
+            apart(make_patch, patch, HOME, ALL)
         named = [word for patch in patches for word in ("--patch", str(patch))]
-        command = [sys.executable, "-m", "portllm", "evaluate", "--model", str(model), "--tasks", ",".join(tasks)]
+        command = [sys.executable, "-m", "portllm", "evaluate", "--model", str(HOME), "--tasks", ",".join(tasks)]
         ours, _, _ = timed(
             lambda: subprocess.run(
                 [*command, *named, "--data-root", str(DATA / "tasks"), "--limit", str(limit), "--json"],
@@ -200,14 +200,14 @@ def grid(model: Path, limit: int) -> str:
             )
         )  # fmt: skip
         theirs = sum(
-            timed(lambda patch=patch, task=task: _naive(Path(folder), model, patch, task, limit))[0]
+            timed(lambda patch=patch, task=task: _naive(Path(folder), patch, task, limit))[0]
             for patch in patches
             for task in tasks
         )
     return f"| {limit} documents a task | {theirs:.0f} s | {ours:.0f} s | {theirs / ours:.1f} |"
 
 
-def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> None:
+def _naive(folder: Path, patch: Path, task: str, limit: int) -> None:
     """`lm_eval run` over the same local data, through a task YAML that names them."""
     root = folder / "tasks"
     root.mkdir(exist_ok=True)
@@ -218,7 +218,7 @@ def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> Non
             "dataset_kwargs": {"data_files": files}}  # fmt: skip
     (root / f"{task}.yaml").write_text(json.dumps(text))
     arguments = {
-        "--model": "hf", "--model_args": f"pretrained={model},peft={patch},dtype=float32", "--device": "cpu",
+        "--model": "hf", "--model_args": f"pretrained={HOME},peft={patch},dtype=float32", "--device": "cpu",
         "--tasks": f"local_{task}", "--include_path": str(root), "--limit": str(limit), "--batch_size": "16",
     }  # fmt: skip
     command = [sys.executable, "-m", "lm_eval", "run", *(word for pair in arguments.items() for word in pair)]
@@ -228,7 +228,9 @@ def _naive(folder: Path, model: Path, patch: Path, task: str, limit: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--gemma", type=Path, help="Gemma 3 270M as a model directory; left out without it")
+    parser.add_argument(
+        "--gemma", type=Path, help="Gemma 3 270M as a model directory, for the table; left out without it"
+    )
     parser.add_argument("--limit", type=int, help="documents of a task at most")
     parser.add_argument("--tasks", default="sst2,winogrande,boolq,gsm8k")
     parser.add_argument("--models", default="", help="substring of the models' names")
@@ -236,7 +238,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.grid:
         print("| 1 version × 5 patches × 3 tasks | 15 × lm_eval run | portllm evaluate | ratio |\n|---|---|---|---|")
-        print(grid(arguments.gemma or HOME, arguments.limit or 100))
+        print(grid(arguments.limit or 100))
         return
     print("| model | task (documents) | HFLM, documents/s (batch) | portllm | ratio | bare forward pass | peak GB, "
           "HFLM's | largest difference |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip

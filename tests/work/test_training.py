@@ -61,11 +61,25 @@ def plain_loop(model: Any, moves: Optimization = toy.OPTIMIZATION) -> np.ndarray
     return np.array(losses)
 
 
+Fitted = tuple[Any, dict[str, Any], Path]
+"""(model, ledger, directory)."""
+
+
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
-    out = tmp_path_factory.mktemp("reference")
-    model, ledger = toy.fit(out)
-    return model, ledger, out
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
+    """Trainings by one process from beginning to end, each made once."""
+
+    @functools.cache
+    def fit(**settings: Any) -> Fitted:
+        out = tmp_path_factory.mktemp("undisturbed")
+        return *toy.fit(out, **settings), out
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def reference(undisturbed: Callable[..., Fitted]) -> Fitted:
+    return undisturbed()
 
 
 def test_20_steps_equal_a_plain_pytorch_loop(reference: Any) -> None:
@@ -256,27 +270,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
-    """Losses of a training by one process from beginning to end, made once for each that is asked for."""
-
-    @functools.cache
-    def losses(trains: Any = "full", batch: int = 8, packed: bool = False) -> np.ndarray:
-        out = tmp_path_factory.mktemp("undisturbed")
-        toy.fit(out, Layout(), trains, batch, packed=packed)
-        return toy.losses(out)
-
-    return losses
-
-
-def asked(case: dict[str, Any]) -> dict[str, Any]:
-    """What decides a case's numbers."""
-    return {key: case[key] for key in ("trains", "batch", "packed") if key in case}
+def undisturbed_losses(undisturbed: Callable[..., Fitted], case: dict[str, Any]) -> np.ndarray:
+    """By one process, of what decides a case's numbers."""
+    return toy.losses(undisturbed(**{key: case[key] for key in ("trains", "batch", "packed") if key in case})[2])
 
 
 @pytest.mark.parametrize("case", toy.CASES)
-def test_two_ranks_equal_one(case: str, two_ranks: Path, undisturbed: Callable[..., np.ndarray]) -> None:
-    expected = undisturbed(**asked(toy.CASES[case]))
+def test_two_ranks_equal_one(case: str, two_ranks: Path, undisturbed: Callable[..., Fitted]) -> None:
+    expected = undisturbed_losses(undisturbed, toy.CASES[case])
     np.testing.assert_allclose(toy.losses(two_ranks / case), expected, atol=1e-4, rtol=0)
     ledger = json.loads((two_ranks / case / "ledger.rank0.json").read_text())
     assert ledger["world"] == 2
@@ -439,7 +440,7 @@ def test_nothing_of_zero_3_is_left_in_the_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", toy.RESUMED)
 def test_a_training_goes_on_with_another_number_of_ranks(
-    case: str, two_ranks: Path, undisturbed: Callable[..., np.ndarray]
+    case: str, two_ranks: Path, undisturbed: Callable[..., Fitted]
 ) -> None:
     settings = toy.RESUMED[case]
     if settings["then"] == 1:
@@ -454,7 +455,8 @@ def test_a_training_goes_on_with_another_number_of_ranks(
     )
     assert ledger["earlier_s"] > 0
     assert ledger["earlier_rank_s"] == pytest.approx(settings["begun"] * ledger["earlier_s"], abs=0.01)
-    np.testing.assert_allclose(toy.losses(two_ranks / case), undisturbed(**asked(settings)), atol=1e-4, rtol=0)
+    expected = undisturbed_losses(undisturbed, settings)
+    np.testing.assert_allclose(toy.losses(two_ranks / case), expected, atol=1e-4, rtol=0)
 
 
 def test_a_checkpoint_of_before_points_told_their_time_is_gone_on_from():
